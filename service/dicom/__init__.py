@@ -1,0 +1,1 @@
+"""DICOM at the borders of the node: receiving, reading series, writing segmentations, sending."""
