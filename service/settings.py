@@ -1,0 +1,315 @@
+"""The node's configuration: one YAML file plus ``SEGNODE_*`` environment variables, checked whole at start.
+
+An environment variable names a nested key with two underscores: ``SEGNODE_DICOM__PORT=11113``. It wins
+over the file. Every error in the configuration is reported at once, by its place in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from service.errors import SettingsError
+
+GIB = 1024**3
+MIB = 1024**2
+
+
+def _check_ae_title(title: str) -> str:
+    # PS3.5 6.2, VR AE: 1 to 16 characters of the default repertoire, no backslash, not spaces alone.
+    if not 1 <= len(title.strip()) <= 16 or not re.fullmatch(r"[ -\[\]-~]{1,16}", title):
+        raise ValueError("an AE title has 1 to 16 printable ASCII characters and no backslash")
+    return title.strip()
+
+
+def _check_network(address: str) -> str:
+    ip_network(address, strict=False)
+    return address
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return pattern
+
+
+AETitle = Annotated[str, AfterValidator(_check_ae_title)]
+Network = Annotated[str, AfterValidator(_check_network)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Peer(_Section):
+    """A calling AE title that may open associations, and the addresses it may come from."""
+
+    ae_title: AETitle
+    addresses: tuple[Network, ...] = Field(default=("127.0.0.0/8", "::1/128"), min_length=1)
+
+
+class DicomSettings(_Section):
+    """The DICOM listener."""
+
+    ae_title: AETitle = "SEGNODE"
+    host: str = "127.0.0.1"
+    port: Port = 11112
+    peers: tuple[Peer, ...] = ()
+    allow_unknown_peers: bool = False
+    maximum_associations: int = Field(default=32, ge=1)
+    network_timeout_s: float = Field(default=60.0, gt=0)
+    dimse_timeout_s: float = Field(default=60.0, gt=0)
+    maximum_object_bytes: int = Field(default=4 * GIB, ge=MIB)
+
+
+class HttpSettings(_Section):
+    """The HTTP listener. Anything but loopback needs TLS, here or at a reverse proxy in front."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    behind_tls_proxy: bool = False
+    maximum_upload_bytes: int = Field(default=2 * GIB, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        loopback = self.host in ("127.0.0.1", "::1", "localhost")
+        if not (loopback or self.tls_certificate or self.behind_tls_proxy):
+            raise ValueError(
+                f"host {self.host} is not loopback: set tls_certificate and tls_key, "
+                "or behind_tls_proxy: true where a reverse proxy ends TLS"
+            )
+        return self
+
+
+class StorageSettings(_Section):
+    """The spool's disk: below ``low_watermark_bytes`` free, nothing new is accepted."""
+
+    low_watermark_bytes: int = Field(default=5 * GIB, ge=0)
+    reserve_bytes: int = Field(default=1 * GIB, ge=0)
+
+
+class WorkerSettings(_Section):
+    """How jobs are run, and when one is given up."""
+
+    runtime: Literal["auto", "openvino", "onnxruntime", "onnxruntime-cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    lease_s: float = Field(default=60.0, gt=0)
+    stall_timeout_s: float = Field(default=600.0, gt=0)  # no progress for so long: the child is killed
+    job_deadline_s: float = Field(default=3600.0, gt=0)
+    maximum_failures: int = Field(default=3, ge=1)
+    maximum_lapses: int = Field(default=10, ge=1)
+    jobs_per_child: int = Field(default=50, ge=1)
+    poll_interval_s: float = Field(default=0.5, gt=0)
+
+
+class DeliverySettings(_Section):
+    """Back-off of deliveries to a destination that does not answer."""
+
+    first_retry_s: float = Field(default=15.0, gt=0)
+    maximum_retry_s: float = Field(default=900.0, gt=0)
+    give_up_after_s: float = Field(default=72 * 3600.0, gt=0)  # parked then, never dropped
+    maximum_failure_statuses: int = Field(default=10, ge=1)  # of 0xCxxx, before parking
+    lease_s: float = Field(default=300.0, gt=0)
+
+
+class Destination(_Section):
+    """A storage SCP that results are sent to."""
+
+    name: Identifier
+    ae_title: AETitle
+    host: str
+    port: Port
+    calling_ae_title: AETitle | None = None  # the node's own where not given
+    timeout_s: float = Field(default=30.0, gt=0)
+
+
+class Condition(_Section):
+    """What one attribute must be. All that is given must hold."""
+
+    equals: str | float | None = None
+    regex: Pattern | None = None
+    min: float | None = None
+    max: float | None = None
+    present: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if all(v is None for v in (self.equals, self.regex, self.min, self.max, self.present)):
+            raise ValueError("a condition needs equals, regex, min, max or present")
+        return self
+
+
+class Route(_Section):
+    """Which series go to which model, and where its results go.
+
+    ``match`` maps a DICOM keyword (``Modality``, ``SeriesDescription``, ...), or one of
+    ``calling_ae_title``, ``called_ae_title`` and ``instances``, to a condition; a bare value means
+    ``equals``. ``several`` says what happens when several series of a study match: every one is
+    segmented, the best one is (most instances, then the smallest series number), or the study is refused.
+    """
+
+    name: Identifier
+    model: Identifier
+    version: str | None = None
+    match: dict[str, Condition]
+    several: Literal["all", "best", "refuse"] = "all"
+    quiet_time_s: float = Field(default=30.0, gt=0)
+    destinations: tuple[Identifier, ...] = ()
+    priority: int = Field(default=0, ge=-100, le=100)
+    maximum_study_age_days: float | None = Field(default=None, gt=0)
+    queue_limit: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_values(cls, data: Any) -> Any:
+        match = data.get("match") if isinstance(data, dict) else None
+        if isinstance(match, dict):
+            bare = {k: v if isinstance(v, (dict, Condition)) else {"equals": v} for k, v in match.items()}
+            return {**data, "match": bare}
+        return data
+
+
+class ModelSettings(_Section):
+    """Which bundles the node accepts. ``trusted_keys`` are Ed25519 public keys in PEM files."""
+
+    require_signature: bool = False
+    trusted_keys: tuple[Path, ...] = ()
+    maximum_bundle_bytes: int = Field(default=2 * GIB, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.require_signature and not self.trusted_keys:
+            raise ValueError("require_signature needs at least one of trusted_keys")
+        return self
+
+
+class Settings(BaseSettings):
+    """All of it. Frozen: a change of the file takes a restart."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix="SEGNODE_", env_nested_delimiter="__"
+    )
+
+    data_dir: Path = Path("segnode-data")
+    database_url: str | None = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    dicom: DicomSettings = DicomSettings()
+    http: HttpSettings = HttpSettings()
+    storage: StorageSettings = StorageSettings()
+    worker: WorkerSettings = WorkerSettings()
+    delivery: DeliverySettings = DeliverySettings()
+    models: ModelSettings = ModelSettings()
+    destinations: tuple[Destination, ...] = ()
+    routes: tuple[Route, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for kind, names in (
+            ("destination", [d.name for d in self.destinations]),
+            ("route", [r.name for r in self.routes]),
+        ):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"every {kind} needs a name of its own; twice: {', '.join(twice)}")
+        known = {d.name for d in self.destinations}
+        for route in self.routes:
+            unknown = sorted(set(route.destinations) - known)
+            if unknown:
+                raise ValueError(
+                    f"route {route.name} sends to {', '.join(unknown)}, which is no destination here"
+                )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings  # the environment wins over the file
+
+    @property
+    def records_url(self) -> str:
+        """Database URL of the records; SQLite in the data folder unless another is configured."""
+        return self.database_url or f"sqlite:///{(self.data_dir / 'segnode.sqlite').resolve()}"
+
+    @property
+    def spool_dir(self) -> Path:
+        return self.data_dir / "spool"
+
+    @property
+    def registry_dir(self) -> Path:
+        return self.data_dir / "models"
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.data_dir / "cache"
+
+    def destination(self, name: str) -> Destination | None:
+        return next((d for d in self.destinations if d.name == name), None)
+
+    def route(self, name: str) -> Route | None:
+        return next((r for r in self.routes if r.name == name), None)
+
+    @property
+    def results_digest(self) -> str:
+        """SHA-256 of the settings that can change what a result says; part of every derived UID."""
+        relevant = self.model_dump_json(include={"worker": {"runtime"}})
+        return hashlib.sha256(relevant.encode()).hexdigest()
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read the YAML file (if one is given) and the environment.
+
+    Raises
+    ------
+    SettingsError
+        If the file cannot be read, or anything in it or in the environment is wrong; all errors at once.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise SettingsError(
+                f"The configuration {path} cannot be read: {error.strerror}.",
+                remedy="Give the path of a YAML file that the node's user may read.",
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SettingsError(
+                f"The configuration {path} is not YAML: {error}.", remedy="Correct the file and start again."
+            ) from error
+        if not isinstance(values, dict):
+            raise SettingsError(
+                f"The configuration {path} holds no mapping.", remedy="Write it as 'key: value' lines."
+            )
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise SettingsError(
+            f"{len(lines)} error(s) in the configuration{f' {path}' if path else ''}:\n" + "\n".join(lines),
+            remedy="\nCorrect them and start again.",
+        ) from error
