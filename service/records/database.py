@@ -8,9 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, CursorResult, Engine, Executable, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
+
+from service.errors import SettingsError
 
 _BUSY_TIMEOUT_S = 30.0
 
@@ -18,6 +20,13 @@ _BUSY_TIMEOUT_S = 30.0
 def utc_now() -> datetime:
     """The present time, in UTC and naive: this is how every time stands in the records."""
     return datetime.now(UTC).replace(tzinfo=None)
+
+
+def change(session: Session, statement: Executable) -> int:
+    """Run an UPDATE or DELETE and return how many rows it changed: the compare-and-set of the records."""
+    result = session.execute(statement)
+    assert isinstance(result, CursorResult)
+    return result.rowcount
 
 
 class Records:
@@ -64,7 +73,11 @@ def _engine(url: str) -> Engine:
 
 def _sqlite_engine(url: str) -> Engine:
     database = make_url(url).database
-    assert database and database != ":memory:", "the records must outlive the process"
+    if not database or database == ":memory:":
+        raise SettingsError(
+            "The records cannot be kept in memory: they must outlive the process.",
+            remedy="Give database_url the path of a file, or leave it out.",
+        )
     Path(database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False})
 

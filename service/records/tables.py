@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import JSON, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy import JSON, Enum, ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -68,19 +68,28 @@ class Role(StrEnum):
     ADMIN = "admin"
 
 
+_ENUMERATIONS: tuple[type[StrEnum], ...] = (
+    InstanceKind,
+    SeriesState,
+    JobState,
+    JobOrigin,
+    ResultKind,
+    DeliveryState,
+    Role,
+)
+
+
+def _as_text(kind: type[StrEnum]) -> Enum:
+    return Enum(kind, native_enum=False, length=16, values_callable=lambda e: [m.value for m in e])
+
+
 class Base(DeclarativeBase):
     """All tables. Enumerations are stored as their text, so that the database can be read by a person."""
 
     type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it from the class
         dict[str, Any]: JSON,
         list[str]: JSON,
-        InstanceKind: String(16),
-        SeriesState: String(16),
-        JobState: String(16),
-        JobOrigin: String(16),
-        ResultKind: String(16),
-        DeliveryState: String(16),
-        Role: String(16),
+        **{kind: _as_text(kind) for kind in _ENUMERATIONS},
     }
 
 

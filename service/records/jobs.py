@@ -1,0 +1,409 @@
+"""The life of a job, as the few transitions that are allowed.
+
+    queued -> running -> succeeded | refused | failed
+    running -> queued    the attempt went wrong, or its lease lapsed, and tries are left
+    queued | running -> cancelled    its input was corrected or deleted
+    refused | failed -> queued       a person asked for it
+
+Every report of a worker names the attempt it belongs to. A report on an attempt that is no longer the
+present one raises LostClaimError, so that a worker that was believed dead can never overwrite its successor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from models.errors import SegnodeError
+from service.errors import ConflictError, LostClaimError, NotFoundError
+from service.records.database import change
+from service.records.tables import (
+    Delivery,
+    DeliveryState,
+    Job,
+    JobInput,
+    JobOrigin,
+    JobState,
+    Result,
+    ResultKind,
+)
+
+
+@dataclass(frozen=True)
+class NewInput:
+    """A file that a job reads: ``path`` is relative to the spool."""
+
+    path: str
+    channel: int = 0
+    instance_id: str | None = None
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What is needed to enqueue a job."""
+
+    origin: JobOrigin
+    model_name: str
+    input_key: str
+    inputs: Sequence[NewInput]
+    requested_version: str | None = None
+    route_name: str | None = None
+    destinations: Sequence[str] = ()
+    study_instance_uid: str | None = None
+    series_id: str | None = None
+    owner_key_id: str | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class NewResult:
+    """A file that a job produced; ``path`` is relative to the spool."""
+
+    kind: ResultKind
+    path: str
+    size_bytes: int
+    sha256: str
+    sop_class_uid: str | None = None
+    sop_instance_uid: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a successful attempt reports."""
+
+    results: Sequence[NewResult]
+    runtime: str
+    precision: str
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def input_key(identities: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over the sorted (SOP Instance UID, ``<revision>:<identity digest>``) pairs of a job's inputs."""
+    return hashlib.sha256(json.dumps(sorted(identities)).encode()).hexdigest()
+
+
+def enqueue(session: Session, new: NewJob, *, at: datetime) -> tuple[Job, bool]:
+    """Put a job into the queue; the same input and model again give the job that is there already.
+
+    A job of the same series and model that has ended before is named as superseded.
+
+    Returns the job, and whether it is new.
+    """
+    existing = session.scalar(
+        select(Job).where(Job.input_key == new.input_key, Job.model_name == new.model_name)
+    )
+    if existing is not None:
+        return existing, False
+    older = None
+    if new.series_id is not None:
+        older = session.scalar(
+            select(Job)
+            .where(Job.series_id == new.series_id, Job.model_name == new.model_name)
+            .order_by(Job.created_at.desc())
+            .limit(1)
+        )
+    job = Job(
+        origin=new.origin,
+        model_name=new.model_name,
+        requested_version=new.requested_version,
+        route_name=new.route_name,
+        destinations=list(new.destinations),
+        input_key=new.input_key,
+        study_instance_uid=new.study_instance_uid,
+        series_id=new.series_id,
+        owner_key_id=new.owner_key_id,
+        supersedes_job_id=older.job_id if older else None,
+        priority=new.priority,
+        created_at=at,
+    )
+    session.add(job)
+    session.flush()
+    session.add_all(
+        JobInput(job_id=job.job_id, position=i, channel=n.channel, instance_id=n.instance_id, path=n.path)
+        for i, n in enumerate(new.inputs)
+    )
+    session.flush()
+    return job, True
+
+
+def claim_job(session: Session, *, owner: str, lease_s: float, now: datetime) -> Job | None:
+    """Take the next job that is due, highest priority first, then oldest; None if there is none."""
+    while True:
+        candidate = session.execute(
+            select(Job.job_id, Job.attempt)
+            .where(Job.state == JobState.QUEUED, or_(Job.not_before.is_(None), Job.not_before <= now))
+            .order_by(Job.priority.desc(), Job.created_at, Job.job_id)
+            .limit(1)
+        ).one_or_none()
+        if candidate is None:
+            return None
+        taken = change(
+            session,
+            update(Job)
+            .where(
+                Job.job_id == candidate.job_id,
+                Job.state == JobState.QUEUED,
+                Job.attempt == candidate.attempt,
+            )
+            .values(
+                state=JobState.RUNNING,
+                attempt=Job.attempt + 1,
+                lease_owner=owner,
+                lease_expires_at=now + timedelta(seconds=lease_s),
+                started_at=now,
+                progress_stage=None,
+                progress_fraction=0.0,
+            ),
+        )
+        if taken:
+            return session.get(Job, candidate.job_id, populate_existing=True)
+
+
+def _report(session: Session, job_id: str, attempt: int, **values: Any) -> None:
+    """Change a job that this attempt still holds, or raise LostClaimError."""
+    changed = change(
+        session,
+        update(Job)
+        .where(Job.job_id == job_id, Job.attempt == attempt, Job.state == JobState.RUNNING)
+        .values(**values),
+    )
+    if not changed:
+        raise LostClaimError(f"Job {job_id} is no longer held by attempt {attempt}.")
+
+
+def bind_model(session: Session, job_id: str, attempt: int, *, version: str, digest: str) -> None:
+    """Write down which weights this attempt runs on. Raises LostClaimError."""
+    _report(session, job_id, attempt, model_version=version, model_digest=digest)
+
+
+def renew_lease(
+    session: Session, job_id: str, attempt: int, *, lease_s: float, now: datetime, stage: str, fraction: float
+) -> None:
+    """Report progress, and by that keep the lease. Call it only when progress was made.
+
+    Raises LostClaimError.
+    """
+    _report(
+        session,
+        job_id,
+        attempt,
+        lease_expires_at=now + timedelta(seconds=lease_s),
+        progress_stage=stage,
+        progress_fraction=fraction,
+    )
+
+
+_RELEASED: dict[str, Any] = {"lease_owner": None, "lease_expires_at": None}
+
+
+def succeed_job(session: Session, job_id: str, attempt: int, outcome: Outcome, *, now: datetime) -> None:
+    """End a job with its results, and put one delivery per DICOM result and destination into the queue.
+
+    Raises LostClaimError.
+    """
+    _report(
+        session,
+        job_id,
+        attempt,
+        state=JobState.SUCCEEDED,
+        finished_at=now,
+        progress_fraction=1.0,
+        runtime=outcome.runtime,
+        precision=outcome.precision,
+        summary=outcome.summary,
+        reason_code=None,
+        reason=None,
+        remedy=None,
+        **_RELEASED,
+    )
+    job = session.get_one(Job, job_id)
+    for new in outcome.results:
+        result = Result(
+            job_id=job_id,
+            kind=new.kind,
+            path=new.path,
+            size_bytes=new.size_bytes,
+            sha256=new.sha256,
+            sop_class_uid=new.sop_class_uid,
+            sop_instance_uid=new.sop_instance_uid,
+            created_at=now,
+        )
+        session.add(result)
+        session.flush()
+        if new.sop_instance_uid is None:
+            continue
+        session.add_all(
+            Delivery(
+                result_id=result.result_id,
+                job_id=job_id,
+                destination=destination,
+                next_attempt_at=now,
+                created_at=now,
+            )
+            for destination in job.destinations
+        )
+
+
+def refuse_job(
+    session: Session, job_id: str, attempt: int, *, code: str, reason: str, remedy: str, now: datetime
+) -> None:
+    """End a job whose input cannot be segmented. Raises LostClaimError."""
+    _report(
+        session,
+        job_id,
+        attempt,
+        state=JobState.REFUSED,
+        finished_at=now,
+        reason_code=code,
+        reason=reason,
+        remedy=remedy,
+        **_RELEASED,
+    )
+
+
+def fail_attempt(
+    session: Session,
+    job_id: str,
+    attempt: int,
+    error: SegnodeError,
+    *,
+    retry_after_s: float,
+    maximum_failures: int,
+    now: datetime,
+) -> JobState:
+    """Count a failure of the job itself: queued again while tries are left, else failed for good.
+
+    Returns the state that the job is in now. Raises LostClaimError.
+    """
+    job = session.get_one(Job, job_id)
+    final = job.failures + 1 >= maximum_failures
+    _report(
+        session,
+        job_id,
+        attempt,
+        state=JobState.FAILED if final else JobState.QUEUED,
+        failures=Job.failures + 1,
+        not_before=None if final else now + timedelta(seconds=retry_after_s),
+        finished_at=now if final else None,
+        reason_code=error.code,
+        reason=error.message,
+        remedy=error.remedy,
+        **_RELEASED,
+    )
+    return JobState.FAILED if final else JobState.QUEUED
+
+
+def release_job(session: Session, job_id: str, attempt: int) -> None:
+    """Give a job back unharmed: the node is stopping. Counts as nothing. Raises LostClaimError."""
+    _report(session, job_id, attempt, state=JobState.QUEUED, **_RELEASED)
+
+
+def reap_lapsed_jobs(session: Session, *, maximum_lapses: int, now: datetime) -> list[str]:
+    """Take back the jobs whose lease ran out: whoever held them is dead or stuck.
+
+    A lapse counts apart from a failure of the job itself; after ``maximum_lapses`` of them the job fails
+    for good. Returns the identifiers of the jobs taken back.
+    """
+    lapsed = session.scalars(
+        select(Job).where(Job.state == JobState.RUNNING, Job.lease_expires_at < now)
+    ).all()
+    reaped = []
+    for job in lapsed:
+        final = job.lapses + 1 >= maximum_lapses
+        values: dict[str, Any] = {"state": JobState.FAILED if final else JobState.QUEUED}
+        if final:
+            values |= {
+                "finished_at": now,
+                "reason_code": "WORKER_LOST",
+                "reason": f"The worker that ran this job died {maximum_lapses} times.",
+                "remedy": "Look for out-of-memory kills on the host, then retry the job.",
+            }
+        changed = change(
+            session,
+            update(Job)
+            .where(
+                and_(Job.job_id == job.job_id, Job.attempt == job.attempt, Job.state == JobState.RUNNING),
+                Job.lease_expires_at < now,
+            )
+            .values(lapses=Job.lapses + 1, **values, **_RELEASED),
+        )
+        if changed:
+            reaped.append(job.job_id)
+    return reaped
+
+
+def retry_job(session: Session, job_id: str) -> Job:
+    """Queue a refused or failed job again, with its counters at zero.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such job.
+    ConflictError
+        If the job has not ended, or ended well.
+    """
+    job = session.get(Job, job_id)
+    if job is None:
+        raise NotFoundError(f"There is no job {job_id}.")
+    changed = change(
+        session,
+        update(Job)
+        .where(Job.job_id == job_id, Job.state.in_((JobState.REFUSED, JobState.FAILED)))
+        .values(
+            state=JobState.QUEUED,
+            failures=0,
+            lapses=0,
+            not_before=None,
+            finished_at=None,
+            reason_code=None,
+            reason=None,
+            remedy=None,
+        ),
+    )
+    if not changed:
+        raise ConflictError(
+            f"Job {job_id} is {job.state}.", remedy="Only a refused or a failed job can be retried."
+        )
+    session.refresh(job)
+    return job
+
+
+def cancel_jobs_of_instance(session: Session, instance_id: str, *, at: datetime) -> tuple[str, ...]:
+    """Cancel what was being made of an instance that is corrected or deleted.
+
+    Jobs that have not ended are cancelled (the worker that runs one loses its claim), and deliveries that
+    have not left are cancelled. What was delivered already cannot be taken back: the caller alerts.
+    Returns the identifiers of every job that had used the instance.
+    """
+    job_ids = tuple(
+        session.scalars(select(JobInput.job_id).where(JobInput.instance_id == instance_id).distinct())
+    )
+    for_these = Job.job_id.in_(job_ids)
+    session.execute(
+        update(Job)
+        .where(for_these, Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+        .values(state=JobState.CANCELLED, finished_at=at, **_RELEASED)
+    )
+    session.execute(
+        update(Delivery)
+        .where(
+            Delivery.job_id.in_(job_ids), Delivery.state.in_((DeliveryState.PENDING, DeliveryState.PARKED))
+        )
+        .values(state=DeliveryState.CANCELLED, lease_owner=None, lease_expires_at=None)
+    )
+    return job_ids
+
+
+def queue_length(session: Session, *, route_name: str | None = None) -> int:
+    """Number of jobs that wait, in all or of one route."""
+    query = select(func.count()).select_from(Job).where(Job.state == JobState.QUEUED)
+    if route_name is not None:
+        query = query.where(Job.route_name == route_name)
+    return session.scalar(query) or 0
