@@ -113,9 +113,9 @@ def record_instance(session: Session, received: ReceivedInstance) -> Recorded:
             received_at=received.received_at,
         )
     )
+    if series and (known is None or known.series_id != series.series_id):
+        series.instance_count += 1
     if known is None:
-        if series:
-            series.instance_count += 1
         return Recorded(Arrival.NEW, received.instance_id)
     return Recorded(Arrival.CORRECTION, received.instance_id, cancelled)
 

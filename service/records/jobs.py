@@ -85,7 +85,7 @@ class Outcome:
 
 
 def input_key(identities: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 over the sorted (SOP Instance UID, ``<revision>:<identity digest>``) pairs of a job's inputs."""
+    """SHA-256 over a job's inputs: sorted pairs of SOP Instance UID and ``<revision>:<identity digest>``."""
     return hashlib.sha256(json.dumps(sorted(identities)).encode()).hexdigest()
 
 

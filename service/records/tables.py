@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 from sqlalchemy import JSON, Enum, ForeignKey, Index, String, UniqueConstraint
@@ -86,7 +86,7 @@ def _as_text(kind: type[StrEnum]) -> Enum:
 class Base(DeclarativeBase):
     """All tables. Enumerations are stored as their text, so that the database can be read by a person."""
 
-    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it from the class
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
         dict[str, Any]: JSON,
         list[str]: JSON,
         **{kind: _as_text(kind) for kind in _ENUMERATIONS},
