@@ -1,0 +1,165 @@
+"""Students: the teacher's network with fewer channels, described by a stock nnU-Net v2 plans file.
+
+Everything but ``features_per_stage`` stays the teacher's (topology, spacing, patch, preprocessing), so the
+preprocessed data are shared, and a trained student loads in stock nnU-Net.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from fractions import Fraction
+from typing import Any
+
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from training.errors import PlansError, StudentError
+
+Plans = dict[str, Any]
+
+NETWORK_CLASSES = ("PlainConvUNet", "ResidualEncoderUNet")
+"""The networks that students are made of; nnU-Net's planners write no other."""
+
+
+def scaled_features(features: list[int], width: Fraction, round_to: int | None = None) -> list[int]:
+    """Channels of each stage: round(width * f), then up to a multiple of ``round_to`` where that is given.
+
+    Halves go to the even neighbour, as Python rounds. A stage never gets wider than the teacher's.
+
+    Raises
+    ------
+    StudentError
+        If the width is not in (0, 1], or a stage would be left without a channel.
+    """
+    if not 0 < width <= 1:
+        raise StudentError(
+            f"A student's width must be over 0 and at most 1, not {width}.", remedy="Give 1/2, 1/4 or 1/8."
+        )
+    if round_to is not None and round_to < 1:
+        raise StudentError(f"Channels cannot be rounded up to a multiple of {round_to}.")
+    scaled = [round(width * f) for f in features]
+    if min(scaled) < 1:
+        raise StudentError(
+            f"Width {width} leaves a stage of {min(features)} channels with none.",
+            remedy=f"Give a width of at least 1/{min(features)}.",
+        )
+    if round_to is not None:
+        scaled = [min(f, -(-s // round_to) * round_to) for s, f in zip(scaled, features, strict=True)]
+    return scaled
+
+
+def student_plans_name(teacher_name: str, width: Fraction, round_to: int | None = None) -> str:
+    """The plans name of a student, for example ``nnUNetPlansWidth1of4`` or ``nnUNetPlansWidth1of4By16``."""
+    rounding = "" if round_to is None else f"By{round_to}"
+    return f"{teacher_name}Width{width.numerator}of{width.denominator}{rounding}"
+
+
+def scaled_plans(
+    plans: Plans,
+    width: Fraction,
+    round_to: int | None = None,
+    *,
+    plans_name: str | None = None,
+    batch_size: int | None = None,
+    configuration: str = "3d_fullres",
+) -> Plans:
+    """Stock nnU-Net v2 plans of a student; the given plans are not changed.
+
+    Only ``configuration`` is kept, with what it inherits written out: the others would still describe the
+    teacher. Its ``data_identifier`` stays, so the teacher's preprocessed data are used as they are.
+
+    Parameters
+    ----------
+    plans : dict
+        The teacher's plans.
+    width : Fraction
+        Factor on every entry of ``features_per_stage``.
+    round_to : int or None
+        Round the channels up to a multiple of this, for example 8 or 16.
+    plans_name : str or None
+        Name of the new plans; None takes `student_plans_name`.
+    batch_size : int or None
+        Batch size of training; None keeps the teacher's.
+
+    Raises
+    ------
+    PlansError
+        If the plans have no such configuration, or a network that is not known.
+    StudentError
+        If the width leaves no channel, or the batch size is not positive.
+    """
+    resolved = resolve_configuration(plans, configuration)
+    for key in ("inherits_from", "next_stage", "previous_stage"):
+        resolved.pop(key, None)
+    kwargs = resolved["architecture"]["arch_kwargs"]
+    kwargs["features_per_stage"] = scaled_features(list(kwargs["features_per_stage"]), width, round_to)
+    if batch_size is not None:
+        if batch_size < 1:
+            raise StudentError(f"The batch size must be positive, not {batch_size}.")
+        resolved["batch_size"] = batch_size
+    student = deepcopy({key: value for key, value in plans.items() if key != "configurations"})
+    student["plans_name"] = plans_name or student_plans_name(plans["plans_name"], width, round_to)
+    if "__" in student["plans_name"]:
+        raise StudentError(
+            f"{student['plans_name']!r} cannot name plans: nnU-Net splits folder names at two underscores."
+        )
+    student["configurations"] = {configuration: resolved}
+    return student
+
+
+def resolve_configuration(plans: Plans, configuration: str) -> dict[str, Any]:
+    """A configuration of the plans as a dict of its own, inheritance resolved by nnU-Net.
+
+    Raises
+    ------
+    PlansError
+        If it is absent, inherits in a circle, or its network is none of `NETWORK_CLASSES`.
+    """
+    try:
+        resolved: dict[str, Any] = deepcopy(PlansManager(plans).get_configuration(configuration).configuration)
+        network_class = resolved["architecture"]["network_class_name"]
+        resolved["architecture"]["arch_kwargs"]["features_per_stage"]
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise PlansError(
+            f"The plans give no complete configuration {configuration!r} ({error}).",
+            remedy="Plan the dataset again with a current nnU-Net v2.",
+        ) from error
+    if network_class.rsplit(".", 1)[-1] not in NETWORK_CLASSES:
+        raise PlansError(
+            f"The network {network_class!r} is not known here.",
+            remedy=f"Train the teacher with one of {', '.join(NETWORK_CLASSES)}.",
+        )
+    return resolved
+
+
+def build_network(
+    configuration: ConfigurationManager | dict[str, Any],
+    n_inputs: int,
+    n_outputs: int,
+    *,
+    deep_supervision: bool = False,
+) -> nn.Module:
+    """The network of a configuration, made by nnU-Net's own function, with freshly drawn weights.
+
+    It takes (N, n_inputs, Z, Y, X) float32 and gives logits (N, n_outputs, Z, Y, X), or a list of them from
+    the finest to the coarsest with ``deep_supervision``. The coarser heads exist, and hold weights, in
+    either case.
+    """
+    settings = configuration if isinstance(configuration, dict) else configuration.configuration
+    architecture = settings["architecture"]
+    network: nn.Module = get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        n_inputs,
+        n_outputs,
+        allow_init=True,
+        deep_supervision=deep_supervision,
+    )
+    return network
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of trainable values, deep supervision heads included, each shared tensor counted once."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
