@@ -55,6 +55,7 @@ class Records:
     def write(self) -> Iterator[Session]:
         """A session in one writing transaction: committed when the block ends, rolled back if it raises."""
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
+            session.connection()  # takes the lock now, not at the first statement
             yield session
 
     @contextmanager

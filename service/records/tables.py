@@ -105,7 +105,7 @@ class Series(Base):
     series_id: Mapped[str] = mapped_column(String(32), primary_key=True, default=new_identifier)
     study_instance_uid: Mapped[str] = mapped_column(String(64), index=True)
     series_instance_uid: Mapped[str] = mapped_column(String(64))
-    modality: Mapped[str | None] = mapped_column(String(16))
+    modality: Mapped[str | None]
     state: Mapped[SeriesState]
     calling_ae_title: Mapped[str | None] = mapped_column(String(16))
     called_ae_title: Mapped[str | None] = mapped_column(String(16))
@@ -135,7 +135,7 @@ class Instance(Base):
     transfer_syntax_uid: Mapped[str] = mapped_column(String(64))
     kind: Mapped[InstanceKind]
     identity_digest: Mapped[str] = mapped_column(String(64))  # of patient and study identifiers
-    patient_id: Mapped[str | None] = mapped_column(String(64))
+    patient_id: Mapped[str | None]  # of any length: hospitals break their VR
     revision: Mapped[int] = mapped_column(default=1)
     current: Mapped[bool] = mapped_column(default=True)
     path: Mapped[str]  # relative to the spool
