@@ -16,9 +16,11 @@ moment later: whoever runs a model takes it from the registry, whose folder only
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
 from models.bundle_files import (
@@ -32,10 +34,15 @@ from models.bundle_files import (
     parse_sums,
     read_file,
     sha256,
+    write_atomically,
 )
+from models.bundle_zip import pack_zip, unpack_zip
 from models.errors import BundleError
 from models.graph_check import check_graph
 from models.manifest import Manifest, Precision
+from models.signing import verify_folder
+
+__all__ = ["Bundle", "pack_zip", "parse_manifest", "seal", "unpack_zip"]
 
 _REPLACE = "Get the bundle again from where it was made; do not use this copy."
 
@@ -59,18 +66,30 @@ class Bundle:
     digest: str
 
     @staticmethod
-    def open(folder: Path) -> Bundle:
+    def open(folder: Path, *, trusted_keys: Sequence[Ed25519PublicKey] | None = None) -> Bundle:
         """Check a folder whole, and open it.
+
+        Parameters
+        ----------
+        folder : Path
+            The bundle's folder. A link to the folder as a whole is followed, a link in it is refused.
+        trusted_keys : sequence of Ed25519PublicKey, optional
+            Where given, one of them must have signed the bundle (an empty sequence trusts nobody); without
+            it a signature is not looked at.
 
         Raises
         ------
         BundleError
             If a file is missing, unlisted, altered, a link or too large, the manifest is not understood,
             or a network is not one that the node runs.
+        SignatureError
+            If the signature is missing or not by a trusted key.
         """
-        folder = folder.resolve()
+        folder = Path(os.path.realpath(folder))
         on_disk = set(list_files(folder)) - {SUMS, SIGNATURE}
         sums = read_file(folder, SUMS)
+        if trusted_keys is not None:
+            verify_folder(folder, sums, trusted_keys)
         digests = parse_sums(sums)
         _check_same("listed in SHA256SUMS", set(digests), "in the folder", on_disk)
         manifest = parse_manifest(_read_verified(folder, MANIFEST, digests))
@@ -131,13 +150,11 @@ def seal(folder: Path) -> Bundle:
     BundleError
         As :meth:`Bundle.open` does.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     names = set(list_files(folder)) - {SUMS, SIGNATURE}
     sums = format_sums({name: sha256(read_file(folder, name)) for name in names})
     (folder / SIGNATURE).unlink(missing_ok=True)
-    unfinished = folder / f"{SUMS}.new"
-    unfinished.write_bytes(sums)
-    os.replace(unfinished, folder / SUMS)
+    write_atomically(folder / SUMS, sums)
     return Bundle.open(folder)
 
 

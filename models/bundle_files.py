@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import stat
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,7 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_SUMS_BYTES = 64 << 10
 MAX_WEIGHTS_BYTES = 1 << 30
 MAX_GOLDEN_BYTES = 64 << 20
-MAX_BUNDLE_BYTES = 4 << 30
+MAX_BUNDLE_BYTES = 1900 << 20  # so that its .zip never needs the ZIP64 format
 
 _PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _NAME = re.compile(rf"(?:{GOLDEN}/)?{_PLAIN_NAME}")
@@ -47,21 +48,24 @@ def max_bytes(name: str) -> int:
     return MAX_GOLDEN_BYTES if name.startswith(f"{GOLDEN}/") else MAX_WEIGHTS_BYTES
 
 
-def list_files(folder: Path) -> dict[str, os.stat_result]:
+def list_files(folder: Path, *, allow_hard_links: bool = False) -> dict[str, os.stat_result]:
     """Every file of a bundle's folder by its name (``golden/x`` for those in the sub-folder), with its stat.
+
+    A file with a second hard link can change from outside the folder. It is refused unless
+    ``allow_hard_links``, which is for copying: package installers link what they install.
 
     Raises
     ------
     BundleError
-        If there is a link (symbolic, or a file with a second hard link), another sub-folder, a name or a
-        size that is not allowed, anything that is not a plain file, or too many files.
+        If there is a link, another sub-folder, a name or a size that is not allowed, anything that is not
+        a plain file, or too many files.
     """
     try:
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             raise BundleError(
                 f"The bundle {folder.name!r} is not a folder.", remedy="Give the bundle's folder."
             )
-        found = _scan(folder, "")
+        found = _scan(folder, "", allow_hard_links)
     except OSError as error:
         raise BundleError(
             f"The bundle folder {folder.name!r} cannot be read: {error.strerror}.",
@@ -75,30 +79,23 @@ def list_files(folder: Path) -> dict[str, os.stat_result]:
     return found
 
 
-def _scan(folder: Path, prefix: str) -> dict[str, os.stat_result]:
+def _scan(folder: Path, prefix: str, allow_hard_links: bool) -> dict[str, os.stat_result]:
     found: dict[str, os.stat_result] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
             info = entry.stat(follow_symlinks=False)
             if stat.S_ISDIR(info.st_mode) and name == GOLDEN:
-                found |= _scan(folder / GOLDEN, f"{GOLDEN}/")
+                found |= _scan(folder / GOLDEN, f"{GOLDEN}/", allow_hard_links)
                 continue
-            check_entry(name, info)
+            _check_entry(name, info, allow_hard_links)
             found[name] = info
             if len(found) > MAX_FILES:
                 break  # list_files refuses it; a folder of millions is not walked first
     return found
 
 
-def check_entry(name: str, info: os.stat_result) -> None:
-    """Refuse what may not be in a bundle, by name and stat alone.
-
-    Raises
-    ------
-    BundleError
-        See :func:`list_files`.
-    """
+def _check_entry(name: str, info: os.stat_result, allow_hard_links: bool) -> None:
     if stat.S_ISLNK(info.st_mode):
         raise BundleError(f"{name!r} is a symbolic link.", remedy="Put the file itself into the bundle.")
     if stat.S_ISDIR(info.st_mode):
@@ -107,7 +104,7 @@ def check_entry(name: str, info: os.stat_result) -> None:
         )
     if not stat.S_ISREG(info.st_mode):
         raise BundleError(f"{name!r} is not a plain file.", remedy="Remove it from the bundle.")
-    if info.st_nlink > 1:
+    if info.st_nlink > 1 and not allow_hard_links:
         raise BundleError(
             f"{name!r} has {info.st_nlink} hard links, so it can change from outside the bundle.",
             remedy="Copy the bundle to a folder of its own.",
@@ -121,7 +118,7 @@ def check_entry(name: str, info: os.stat_result) -> None:
         raise BundleError(f"{name!r} has {info.st_size} bytes; at most {max_bytes(name)} are allowed.")
 
 
-def read_file(folder: Path, name: str) -> bytes:
+def read_file(folder: Path, name: str, *, allow_hard_links: bool = False) -> bytes:
     """The bytes of one file of the bundle, links not followed, no more than its name allows.
 
     Raises
@@ -133,7 +130,7 @@ def read_file(folder: Path, name: str) -> bytes:
         # O_NONBLOCK: a pipe put in the place of a file must not hang the node.
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
-            check_entry(name, os.fstat(descriptor))
+            _check_entry(name, os.fstat(descriptor), allow_hard_links)
             data = file.read(max_bytes(name) + 1)
     except OSError as error:
         raise BundleError(
@@ -142,6 +139,54 @@ def read_file(folder: Path, name: str) -> bytes:
     if len(data) > max_bytes(name):
         raise BundleError(f"{name!r} is larger than the {max_bytes(name)} bytes that are allowed.")
     return data
+
+
+def copy_files(source: Path, into: Path) -> None:
+    """Copy what a bundle's folder may hold into a new folder.
+
+    Nothing is checked but names, kinds and sizes: the copy is what has to be opened and verified.
+
+    Raises
+    ------
+    BundleError
+        See :func:`list_files`.
+    """
+    names = list_files(source, allow_hard_links=True)
+    (into / GOLDEN).mkdir(parents=True)
+    for name in names:
+        (into / name).write_bytes(read_file(source, name, allow_hard_links=True))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Put a folder's own entries (what is in it, by which name) on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_files(folder: Path) -> None:
+    """Put every file of a bundle's folder, and its two folders, on the disk."""
+    for name in list_files(folder):
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+    fsync_folder(folder / GOLDEN)
+    fsync_folder(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that, whatever dies, it holds the old bytes or the new ones, whole."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    fsync_folder(path.parent)
 
 
 def sha256(data: bytes) -> str:

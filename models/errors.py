@@ -8,7 +8,6 @@ same thing again later can help. No message may hold a patient's name, identifie
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar
 
 
 class SegnodeError(Exception):
@@ -22,8 +21,8 @@ class SegnodeError(Exception):
         What a person should do about it, in one sentence; may be empty where nothing can be done.
     """
 
-    code: ClassVar[str] = "ERROR"
-    retryable: ClassVar[bool] = False
+    code: str = "ERROR"
+    retryable: bool = False
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
@@ -91,6 +90,12 @@ class GoldenCaseError(BundleError):
     code = "GOLDEN_CASE_DISAGREES"
 
 
+class SignatureError(BundleError):
+    """Raised when a bundle is not signed, or not by a key that the node trusts."""
+
+    code = "BUNDLE_NOT_TRUSTED"
+
+
 class UnsupportedModelError(SegnodeError):
     """Raised when a model needs something that this engine does not do; the message names it."""
 
@@ -101,6 +106,31 @@ class RegistryError(SegnodeError):
     """Raised when a model or version is not in the registry, or may not be activated."""
 
     code = "REGISTRY"
+
+
+class RegistryBusyError(RegistryError):
+    """Raised when another process holds the registry for longer than is reasonable to wait."""
+
+    code = "REGISTRY_BUSY"
+    retryable = True
+
+
+class ModelUnknownError(RegistryError):
+    """Raised when there is no model of this name, or no such version of it."""
+
+    code = "MODEL_UNKNOWN"
+
+
+class ModelWithdrawnError(RegistryError):
+    """Raised when a version that was withdrawn would be activated or run."""
+
+    code = "MODEL_WITHDRAWN"
+
+
+class ModelChangedError(RegistryError):
+    """Raised when a version means something else than the active one, and nobody confirmed that."""
+
+    code = "MODEL_CHANGED"
 
 
 class RuntimeUnavailableError(SegnodeError):
@@ -114,3 +144,9 @@ class OutOfMemoryError(SegnodeError):
 
     code = "OUT_OF_MEMORY"
     retryable = True
+
+
+class NonFiniteLogitsError(SegnodeError):
+    """Raised when a network gives infinity or not a number, so that no label can be decided."""
+
+    code = "LOGITS_NOT_FINITE"
