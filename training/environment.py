@@ -25,8 +25,8 @@ def configure_nnunet(work_folder: Path | None = None, *, augmentation_processes:
     augmentation_processes : int
         Number of worker processes of the data loader.
     """
-    os.environ["nnUNet_compile"] = "f"
-    os.environ["nnUNet_n_proc_DA"] = str(augmentation_processes)
+    os.environ["nnUNet_compile"] = "f"  # noqa: SIM112 - nnU-Net's own spelling
+    os.environ["nnUNet_n_proc_DA"] = str(augmentation_processes)  # noqa: SIM112
     os.environ.setdefault("nnUNet_def_n_proc", "2")
     os.environ.setdefault("MPLBACKEND", "agg")
     if work_folder is not None:
@@ -43,7 +43,7 @@ def seed_everything(seed: int, *, threads: int | None = None) -> None:
     be repeated bit for bit only with the same ``threads``.
     """
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - nnU-Net's loader and transforms draw from the global generator
+    np.random.seed(seed)  # nnU-Net's loader and transforms draw from numpy's global generator
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False

@@ -46,7 +46,9 @@ class TrainingCases:
         for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
             if (folder / images).is_dir() and (folder / labels).is_dir():
                 n_channels = len(dataset_json["channel_names"])
-                return TrainingCases(folder / images, folder / labels, dataset_json["file_ending"], n_channels)
+                return TrainingCases(
+                    folder / images, folder / labels, dataset_json["file_ending"], n_channels
+                )
         raise TrainingDataError(
             f"{folder.name!r} holds neither imagesTr and labelsTr nor images and labels.",
             remedy="Give the dataset's folder in nnUNet_raw.",
@@ -121,11 +123,13 @@ def prepare_dataset(
     wanted = sorted({*split["train"], *split["val"]})
     missing = sorted(set(wanted) - set(cases.names()))
     if missing:
-        raise TrainingDataError(f"{len(missing)} cases of the split have no labels, the first is {missing[0]!r}.")
+        raise TrainingDataError(
+            f"{len(missing)} cases of the split have no labels, the first is {missing[0]!r}."
+        )
 
     manager = PlansManager(plans)
     settings = manager.get_configuration(configuration)
-    dataset = preprocessed_folder / manager.dataset_name
+    dataset = preprocessed_folder / str(manager.dataset_name)
     arrays = dataset / settings.data_identifier
     references = dataset / "gt_segmentations"
     for folder in (arrays, references):
@@ -159,7 +163,9 @@ def read_split(path: Path, train: str = "train", val: str = "choose") -> Split:
         content = json.loads(path.read_text())
         return {"train": list(content[train]), "val": list(content[val])}
     except (OSError, ValueError, KeyError) as error:
-        raise TrainingDataError(f"{path.name} is not a split file with {train!r} and {val!r}: {error}.") from error
+        raise TrainingDataError(
+            f"{path.name} is not a split file with {train!r} and {val!r}: {error}."
+        ) from error
 
 
 def _write_json(path: Path, content: dict[str, Any] | Sequence[Any]) -> None:

@@ -11,15 +11,11 @@ from fractions import Fraction
 from typing import Any
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
-from training.errors import PlansError, StudentError
-
-Plans = dict[str, Any]
-
-NETWORK_CLASSES = ("PlainConvUNet", "ResidualEncoderUNet")
-"""The networks that students are made of; nnU-Net's planners write no other."""
+from training.errors import StudentError
+from training.plans import Plans, resolve_configuration
 
 
 def scaled_features(features: list[int], width: Fraction, round_to: int | None = None) -> list[int]:
@@ -106,31 +102,6 @@ def scaled_plans(
         )
     student["configurations"] = {configuration: resolved}
     return student
-
-
-def resolve_configuration(plans: Plans, configuration: str) -> dict[str, Any]:
-    """A configuration of the plans as a dict of its own, inheritance resolved by nnU-Net.
-
-    Raises
-    ------
-    PlansError
-        If it is absent, inherits in a circle, or its network is none of `NETWORK_CLASSES`.
-    """
-    try:
-        resolved: dict[str, Any] = deepcopy(PlansManager(plans).get_configuration(configuration).configuration)
-        network_class = resolved["architecture"]["network_class_name"]
-        resolved["architecture"]["arch_kwargs"]["features_per_stage"]
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise PlansError(
-            f"The plans give no complete configuration {configuration!r} ({error}).",
-            remedy="Plan the dataset again with a current nnU-Net v2.",
-        ) from error
-    if network_class.rsplit(".", 1)[-1] not in NETWORK_CLASSES:
-        raise PlansError(
-            f"The network {network_class!r} is not known here.",
-            remedy=f"Train the teacher with one of {', '.join(NETWORK_CLASSES)}.",
-        )
-    return resolved
 
 
 def build_network(

@@ -121,9 +121,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=BaselineSettings.threads)
     parser.add_argument("--device", default=BaselineSettings.device)
     arguments = vars(parser.parse_args())
-    places = [arguments.pop(name) for name in ("teacher", "data", "split", "work_folder")]
+    teacher, data, split, work = (arguments.pop(name) for name in ("teacher", "data", "split", "work_folder"))
+    settings = BaselineSettings(**arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    log.info("results folder: %s", train_baseline(*places, BaselineSettings(**arguments)))
+    log.info("results folder: %s", train_baseline(teacher, data, split, work, settings))
 
 
 if __name__ == "__main__":
