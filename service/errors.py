@@ -43,3 +43,16 @@ class ProofError(SegnodeError):
     """Raised when an encoded object does not say what it was meant to say. Nothing of it may leave."""
 
     code = "PROOF_FAILED"
+
+
+class AttemptError(SegnodeError):
+    """Raised when one attempt at a job ended without a result and without a refusal.
+
+    Its ``code`` and ``retryable`` are the attempt's own: what the inference process reported, or what
+    became of that process (CHILD_DIED, CHILD_STALLED, DEADLINE_EXCEEDED, PROTOCOL).
+    """
+
+    def __init__(self, code: str, message: str, *, remedy: str = "", retryable: bool = True) -> None:
+        super().__init__(message, remedy=remedy)
+        self.code = code
+        self.retryable = retryable

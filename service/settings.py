@@ -13,13 +13,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 
 from service.errors import SettingsError
 
 GIB = 1024**3
 MIB = 1024**2
+
+SERIES_FACTS = ("calling_ae_title", "called_ae_title", "instances")
+"""What a route's condition may name beside DICOM keywords."""
+
+# Value representations that hold no text or number to compare (PS3.5 6.2).
+_NOT_COMPARABLE = ("SQ", "OB", "OW", "OF", "OD", "OL", "OV", "UN", "AT", "OB or OW")
 
 
 def _check_ae_title(title: str) -> str:
@@ -114,6 +129,7 @@ class WorkerSettings(_Section):
     job_deadline_s: float = Field(default=3600.0, gt=0)
     maximum_failures: int = Field(default=3, ge=1)
     maximum_lapses: int = Field(default=10, ge=1)
+    first_retry_s: float = Field(default=30.0, ge=0)  # after a failure; four times as long after each more
     jobs_per_child: int = Field(default=50, ge=1)
     poll_interval_s: float = Field(default=0.5, gt=0)
 
@@ -160,8 +176,9 @@ class Route(_Section):
 
     ``match`` maps a DICOM keyword (``Modality``, ``SeriesDescription``, ...), or one of
     ``calling_ae_title``, ``called_ae_title`` and ``instances``, to a condition; a bare value means
-    ``equals``. ``several`` says what happens when several series of a study match: every one is
-    segmented, the best one is (most instances, then the smallest series number), or the study is refused.
+    ``equals``. :mod:`service.routing` says what holds when. ``several`` says what happens when several
+    series of a study match: every one is segmented, the best one is (most instances, then the smallest
+    series number), or the study is refused.
     """
 
     name: Identifier
@@ -183,6 +200,20 @@ class Route(_Section):
             bare = {k: v if isinstance(v, (dict, Condition)) else {"equals": v} for k, v in match.items()}
             return {**data, "match": bare}
         return data
+
+    @field_validator("match")
+    @classmethod
+    def _known_names(cls, match: dict[str, Condition]) -> dict[str, Condition]:
+        if not match:
+            raise ValueError("a route needs at least one condition")
+        for name in match:
+            if name in SERIES_FACTS:
+                continue
+            tag = tag_for_keyword(name)
+            if tag is None or dictionary_VR(tag) in _NOT_COMPARABLE:
+                facts = ", ".join(SERIES_FACTS)
+                raise ValueError(f"{name} is neither a DICOM keyword with plain values nor one of {facts}")
+        return match
 
 
 class ModelSettings(_Section):

@@ -123,10 +123,12 @@ def record_instance(session: Session, received: ReceivedInstance) -> Recorded:
 def _open_series(session: Session, received: ReceivedInstance) -> Series:
     """The series that an image belongs to, made or opened again, with its quiet time restarted."""
     series = session.scalar(
-        select(Series).where(
+        select(Series)
+        .where(
             Series.study_instance_uid == received.study_instance_uid,
             Series.series_instance_uid == received.series_instance_uid,
         )
+        .with_for_update()  # whoever is closing the series now ends first, and is seen
     )
     if series is None:
         series = Series(

@@ -1,0 +1,167 @@
+"""What becomes of older jobs when a newer one is made for the same series, or for the same study.
+
+A late slice makes a new job, and the new one stands for the series from then on:
+
+- older jobs that have not ended are cancelled at once, since their input is not the series any more;
+- what older jobs have produced stays, and is still delivered, until the newer job has succeeded; then every
+  delivery of theirs that has not left is cancelled. Where the newer job is refused or fails, the older
+  result remains the only one there is, and goes out.
+
+A result that has left cannot be called back: the newer job names the older one (``supersedes_job_id``), and
+its measurements name the older segmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from datetime import datetime
+
+from sqlalchemy import or_, select, update
+from sqlalchemy.orm import Session
+
+from service.records.database import change
+from service.records.jobs import NewJob, enqueue
+from service.records.tables import Delivery, DeliveryState, Job, JobState, Result
+
+_NOT_ENDED = (JobState.QUEUED, JobState.RUNNING)
+
+
+def enqueue_newest(
+    session: Session, new: NewJob, *, at: datetime, one_per_study: bool = False
+) -> tuple[Job, bool]:
+    """Put a job into the queue, and cancel the older ones of its series and model that have not ended.
+
+    Where the job is there already, its destinations are completed by those of ``new``.
+
+    Parameters
+    ----------
+    new : NewJob
+        As for :func:`service.records.jobs.enqueue`.
+    one_per_study : bool
+        The route takes one series of a study: jobs of the same route for other series of the study are
+        superseded too.
+
+    Returns
+    -------
+    tuple of Job and bool
+        The job, and whether it is new.
+    """
+    job, is_new = enqueue(session, new, at=at)
+    if not is_new:
+        add_destinations(session, job, new.destinations, at=at)
+        return job, False
+    of_the_same = [Job.series_id == new.series_id] if new.series_id else []
+    if one_per_study and new.study_instance_uid:
+        in_study = Job.study_instance_uid == new.study_instance_uid
+        of_the_same.append(in_study & (Job.route_name == new.route_name))
+    if not of_the_same:
+        return job, True
+    older = session.scalars(
+        select(Job)
+        .where(Job.job_id != job.job_id, Job.model_name == job.model_name, or_(*of_the_same))
+        .order_by(Job.created_at.desc(), Job.job_id)
+    ).all()
+    if older:
+        job.supersedes_job_id = older[0].job_id
+        session.execute(
+            update(Job)
+            .where(Job.job_id.in_([old.job_id for old in older]), Job.state.in_(_NOT_ENDED))
+            .values(state=JobState.CANCELLED, finished_at=at, lease_owner=None, lease_expires_at=None)
+        )
+        session.flush()
+    return job, True
+
+
+def refuse_at_once(
+    session: Session, new: NewJob, *, code: str, reason: str, remedy: str, at: datetime, one_per_study: bool
+) -> tuple[Job, bool]:
+    """Record a job that is refused before it runs, so that the refusal is seen like every other.
+
+    Returns the job, and whether it is new; the same input again changes nothing.
+    """
+    job, is_new = enqueue_newest(session, new, at=at, one_per_study=one_per_study)
+    if is_new:
+        job.state = JobState.REFUSED
+        job.finished_at = at
+        job.reason_code, job.reason, job.remedy = code, reason, remedy
+        session.flush()
+    return job, is_new
+
+
+def add_destinations(session: Session, job: Job, destinations: Iterable[str], *, at: datetime) -> None:
+    """Let a job's results go to further destinations; results that exist are queued for them now."""
+    further = [name for name in destinations if name not in job.destinations]
+    if not further:
+        return
+    job.destinations = [*job.destinations, *further]
+    if job.state is JobState.SUCCEEDED:
+        of_dicom = select(Result).where(Result.job_id == job.job_id, Result.sop_instance_uid.is_not(None))
+        for result in session.scalars(of_dicom):
+            session.add_all(
+                Delivery(
+                    result_id=result.result_id,
+                    job_id=job.job_id,
+                    destination=name,
+                    next_attempt_at=at,
+                    created_at=at,
+                )
+                for name in further
+            )
+    session.flush()
+
+
+def superseded_jobs(session: Session, job_id: str) -> list[Job]:
+    """The job that this one supersedes, the one that was superseded by that, and so on."""
+    chain: list[Job] = []
+    older = session.get_one(Job, job_id).supersedes_job_id
+    while older is not None:
+        chain.append(session.get_one(Job, older))
+        older = chain[-1].supersedes_job_id
+    return chain
+
+
+def superseded_segmentations(session: Session, job_id: str) -> list[str]:
+    """SOP Instance UIDs of the segmentations that this job's result will supersede, newest first."""
+    uids: list[str] = []
+    for job in superseded_jobs(session, job_id):
+        uids += session.scalars(
+            select(Result.sop_instance_uid)
+            .where(Result.job_id == job.job_id, Result.sop_instance_uid.is_not(None))
+            .order_by(Result.sop_instance_uid)
+        ).all()  # type: ignore[arg-type]  # the query leaves out NULL
+    return uids
+
+
+def cancel_superseded_deliveries(session: Session, job_id: str, *, now: datetime) -> int:
+    """A job has succeeded: cancel what older jobs have not delivered yet. Returns how many it were.
+
+    A delivery that is being sent at this moment is left alone, so that the records never say of an object
+    that it was cancelled when it has arrived.
+    """
+    older = [job.job_id for job in superseded_jobs(session, job_id)]
+    return change(
+        session,
+        update(Delivery)
+        .where(
+            Delivery.job_id.in_(older),
+            Delivery.state.in_((DeliveryState.PENDING, DeliveryState.PARKED)),
+            or_(Delivery.lease_expires_at.is_(None), Delivery.lease_expires_at < now),
+        )
+        .values(state=DeliveryState.CANCELLED, lease_owner=None, lease_expires_at=None),
+    )
+
+
+def expire_leases(session: Session, owners: Collection[str]) -> int:
+    """End the leases of owners that are proven dead, so that reaping need not wait. Returns how many."""
+    return change(
+        session,
+        update(Job)
+        .where(Job.state == JobState.RUNNING, Job.lease_owner.in_(owners))
+        .values(lease_expires_at=Job.started_at),
+    )
+
+
+def lease_owners(session: Session) -> list[str]:
+    """Everyone who holds a job now."""
+    held = select(Job.lease_owner).where(Job.state == JobState.RUNNING, Job.lease_owner.is_not(None))
+    return [owner for owner in session.scalars(held.distinct()) if owner is not None]
