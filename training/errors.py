@@ -39,3 +39,9 @@ class TrainingDataError(SegnodeError):
     """Raised when images, labels or a split for training are missing or do not belong together."""
 
     code = "TRAINING_DATA_INVALID"
+
+
+class RecipeError(SegnodeError):
+    """Raised when a recipe has a key that does not exist, or a value that is not allowed."""
+
+    code = "RECIPE_INVALID"
