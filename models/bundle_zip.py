@@ -8,6 +8,7 @@ allowed. One folder around everything is accepted, because that is what people's
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -88,8 +89,12 @@ def _unpack(file: IO[bytes], into: Path, limit_bytes: int) -> None:
             for name, entry in entries.items():
                 with archive.open(entry) as source, open(into / name, "xb") as target:
                     _copy(source, target, entry.file_size, name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, struct.error) as error:
         raise BundleError(f"The archive is damaged: {error}.", remedy=_REMEDY) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a full disk is no fault of the archive; a seek to nowhere is
+            raise
+        raise BundleError("The archive is damaged: an offset is wrong.", remedy=_REMEDY) from error
 
 
 def _check_directory_size(file: IO[bytes]) -> None:
