@@ -1,0 +1,167 @@
+"""Read single elements of a header without trusting them.
+
+pydicom converts an element when it is first touched, and a value that breaks its VR then raises or warns,
+with the value in the message. Headers from the field do break their VRs, and a message must never hold a
+patient's data. The functions here parse the bytes as they were read: what cannot be understood is None.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataset import Dataset
+
+_CHARACTER_SET = "SpecificCharacterSet"
+_PN_DELIMITERS = {0x5E, 0x3D, 0x5C}  # ^ = \ set the character set back (PS3.5 section 6.1.2.5.3)
+_TEXT_DELIMITERS = {0x0D, 0x0A, 0x09, 0x0C}
+
+PARSE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,  # with RecursionError, for sequences nested without end
+    TypeError,
+    ValueError,  # with UnicodeError and struct's neighbours
+)
+"""What pydicom and the codecs are known to raise on damaged input; their text may quote the input."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep pydicom's warnings, which quote values, out of the log."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def raw(dataset: Dataset, keyword: str) -> Any:
+    """The value as it was read (bytes) or as it was set; None where absent or empty."""
+    tag = tag_for_keyword(keyword)
+    assert tag is not None, keyword
+    if tag not in dataset:
+        return None
+    value = dataset.get_item(tag).value
+    return None if value is None or value in ("", b"") else value
+
+
+def strings(dataset: Dataset, keyword: str) -> list[str]:
+    """The values of a CS, UI, DS, IS, DA or TM element, without padding; ASCII only, the rest replaced."""
+    value = raw(dataset, keyword)
+    if value is None:
+        return []
+    if isinstance(value, bytes):
+        text = value.decode("ascii", "replace")
+    elif isinstance(value, str | int | float):
+        text = str(value)
+    else:
+        text = "\\".join(str(v) for v in value)
+    return [part.strip(" \0\r\n\t") for part in text.split("\\")]
+
+
+def string(dataset: Dataset, keyword: str) -> str | None:
+    """The first value of :func:`strings`, or None where absent or empty."""
+    values = strings(dataset, keyword)
+    return values[0] if values and values[0] else None
+
+
+def decimals(dataset: Dataset, keyword: str, count: int) -> list[float] | None:
+    """The values of a DS element; None unless there are ``count`` of them and all are finite."""
+    try:
+        values = [float(text) for text in strings(dataset, keyword)]
+    except ValueError:
+        return None
+    return values if len(values) == count and all(map(math.isfinite, values)) else None
+
+
+def decimal(dataset: Dataset, keyword: str) -> float | None:
+    """The single value of a DS element; None where absent or not a finite number."""
+    values = decimals(dataset, keyword, 1)
+    return values[0] if values else None
+
+
+def integer(dataset: Dataset, keyword: str) -> int | None:
+    """The first value of an IS or US element; None where absent or not a whole number."""
+    tag = tag_for_keyword(keyword)
+    assert tag is not None, keyword
+    if tag not in dataset:
+        return None
+    element = dataset.get_item(tag)
+    value = element.value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, bytes) and keyword in _BINARY_INTEGERS and element.VR in ("US", "SS", "UN", None):
+        if len(value) < 2:
+            return None
+        return int.from_bytes(value[:2], "little" if element.is_little_endian else "big")
+    text = string(dataset, keyword)
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return int(number) if math.isfinite(number) and number == int(number) else None
+
+
+_BINARY_INTEGERS = frozenset(
+    {
+        "Rows",
+        "Columns",
+        "SamplesPerPixel",
+        "BitsAllocated",
+        "BitsStored",
+        "HighBit",
+        "PixelRepresentation",
+        "TemporalPositionIndex",
+        "TemporalPositionTimeIndex",
+    }
+)
+
+
+def text(dataset: Dataset, keyword: str) -> tuple[str, bool]:
+    """An element that the Specific Character Set applies to (LO, SH, PN, ...), and whether it was whole.
+
+    Undecodable bytes become replacement characters; the second value is then False.
+    """
+    value = raw(dataset, keyword)
+    if value is None:
+        return "", True
+    if not isinstance(value, bytes):
+        return str(value).strip(" \0"), True
+    declared = strings(dataset, _CHARACTER_SET)
+    delimiters = _PN_DELIMITERS if keyword.endswith("Name") else _TEXT_DELIMITERS
+    with quiet():
+        try:
+            decoded = decode_bytes(value, convert_encodings(declared or None), delimiters)
+        except PARSE_ERRORS:
+            decoded = value.decode("ascii", "replace")
+    return decoded.strip(" \0"), "\N{REPLACEMENT CHARACTER}" not in decoded
+
+
+def items(dataset: Dataset | None, keyword: str) -> list[Dataset]:
+    """The items of a sequence; an empty list where it is absent or cannot be read."""
+    if dataset is None:
+        return []
+    tag = tag_for_keyword(keyword)
+    assert tag is not None, keyword
+    if tag not in dataset:
+        return []
+    with quiet():
+        try:
+            value = dataset[tag].value
+        except PARSE_ERRORS:
+            return []
+    return [item for item in value or [] if isinstance(item, Dataset)]
+
+
+def item(dataset: Dataset | None, keyword: str) -> Dataset | None:
+    """The first item of a sequence, or None."""
+    found = items(dataset, keyword)
+    return found[0] if found else None

@@ -1,0 +1,198 @@
+"""Frames: the planes of single-frame and enhanced multi-frame objects, brought to one form.
+
+A single-frame object states its plane at the top level (PS3.3 C.7.6.2); an enhanced one in functional
+groups, each of them either shared by all frames or given per frame (PS3.3 C.7.6.16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydicom.dataset import Dataset
+
+from models.errors import ReasonCode, Refusal
+from service.dicom.elements import decimal, decimals, integer, item, items, raw, string, strings
+from service.dicom.instances import Instance
+
+Vector = tuple[float, ...]
+
+_ENHANCED_ONLY = "Send the images as single-frame or as enhanced multi-frame objects."
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One plane of pixels and its place in the patient.
+
+    ``number`` counts the frames of its instance from 1. ``position_mm`` is the centre of the first pixel,
+    ``row`` and ``column`` are the direction cosines of increasing column and row index (LPS);
+    ``pixel_spacing_mm`` is (between rows, between columns). Stored values times ``slope`` plus
+    ``intercept`` are the values of the image.
+    """
+
+    instance: Instance
+    number: int
+    position_mm: Vector
+    row: Vector
+    column: Vector
+    pixel_spacing_mm: Vector
+    slope: float
+    intercept: float
+    shared: Dataset | None
+    own: Dataset | None
+
+    @property
+    def label(self) -> str:
+        """How a message names this frame."""
+        return self.instance.label if self.own is None else f"frame {self.number} of {self.instance.label}"
+
+
+def frames_of(instance: Instance, *, limit_frames: int) -> list[Frame]:
+    """All frames of an instance, in stored order.
+
+    Raises
+    ------
+    Refusal
+        INVALID_GEOMETRY where a plane is not stated whole; NOT_A_VOLUME for multi-frame objects without
+        functional groups; TOO_LARGE; UNSUPPORTED_PIXELS for values that a table would have to map.
+    """
+    header = instance.header
+    if "NumberOfFrames" not in header and "PerFrameFunctionalGroupsSequence" not in header:
+        return [_frame(instance, 1, None, None)]
+    count = integer(header, "NumberOfFrames") or 1
+    if count > limit_frames:
+        raise Refusal(
+            ReasonCode.TOO_LARGE,
+            f"{_upper(instance.label)} claims {count} frames; the limit is {limit_frames}.",
+            remedy="Raise the limit if images of this size are expected.",
+        )
+    per_frame = items(header, "PerFrameFunctionalGroupsSequence")
+    if not per_frame:
+        if count == 1:  # one frame that states its plane at the top level is as good as a single-frame object
+            return [_frame(instance, 1, None, None)]
+        raise Refusal(
+            ReasonCode.NOT_A_VOLUME,
+            f"{_upper(instance.label)} holds {count} frames without a position for each of them.",
+            remedy=_ENHANCED_ONLY,
+        )
+    if len(per_frame) != count:
+        raise Refusal(
+            ReasonCode.INVALID_GEOMETRY,
+            f"{_upper(instance.label)} claims {count} frames but describes {len(per_frame)} of them.",
+            remedy="Send the study again; if it fails once more, the image is damaged at its source.",
+        )
+    shared = item(header, "SharedFunctionalGroupsSequence")
+    return [_frame(instance, number, shared, own) for number, own in enumerate(per_frame, 1)]
+
+
+def has_plane(header: Dataset) -> bool:
+    """True where a header says, in one way or the other, that its pixels lie in the patient."""
+    return "PerFrameFunctionalGroupsSequence" in header or (
+        raw(header, "ImagePositionPatient") is not None and raw(header, "ImageOrientationPatient") is not None
+    )
+
+
+def differing_attributes(frames: Sequence[Frame]) -> list[str]:
+    """Keywords by which images that lie at one place can be told apart: echoes, phases, time points."""
+    found = []
+    for keyword, macro in _TRAITS:
+        values = {_trait(frame, keyword, macro) for frame in frames}
+        if len(values) > 1:
+            found.append(keyword)
+    return found
+
+
+_TRAITS: tuple[tuple[str, str], ...] = (
+    ("EchoTime", ""),
+    ("EffectiveEchoTime", "MREchoSequence"),
+    ("InversionTime", ""),
+    ("FlipAngle", ""),
+    ("DiffusionBValue", ""),
+    ("DiffusionBValue", "MRDiffusionSequence"),
+    ("TemporalPositionIdentifier", ""),
+    ("TemporalPositionIndex", "FrameContentSequence"),
+    ("TriggerTime", ""),
+    ("NominalPercentageOfCardiacPhase", "CardiacSynchronizationSequence"),
+    ("ImageType", ""),
+    ("FrameType", "MRImageFrameTypeSequence"),
+    ("FrameType", "CTImageFrameTypeSequence"),
+    ("StackID", "FrameContentSequence"),
+    ("AcquisitionNumber", ""),
+    ("FrameAcquisitionNumber", "FrameContentSequence"),
+    ("ConvolutionKernel", ""),
+    ("AcquisitionTime", ""),
+    ("ContentTime", ""),
+)
+
+
+def _trait(frame: Frame, keyword: str, macro: str) -> str:
+    source = _group(frame.shared, frame.own, macro) if macro else frame.instance.header
+    if source is None:
+        return ""
+    return str(integer(source, keyword) if keyword.endswith("Index") else strings(source, keyword))
+
+
+def _group(shared: Dataset | None, own: Dataset | None, keyword: str) -> Dataset | None:
+    return item(own, keyword) or item(shared, keyword)
+
+
+def _frame(instance: Instance, number: int, shared: Dataset | None, own: Dataset | None) -> Frame:
+    header = instance.header
+
+    def find(macro: str, keyword: str, count: int) -> Vector:
+        source = header if own is None else _group(shared, own, macro)
+        values = decimals(source, keyword, count) if source is not None else None
+        if values is None:
+            where = instance.label if own is None else f"frame {number} of {instance.label}"
+            raise Refusal(
+                ReasonCode.INVALID_GEOMETRY,
+                f"{_upper(where)} has no usable {keyword} ({count} finite numbers are needed).",
+                remedy="Send a series whose images all state their place in the patient.",
+            )
+        return tuple(values)
+
+    orientation = find("PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    slope, intercept = _rescale(instance, shared, own)
+    return Frame(
+        instance=instance,
+        number=number,
+        position_mm=find("PlanePositionSequence", "ImagePositionPatient", 3),
+        row=orientation[:3],
+        column=orientation[3:],
+        pixel_spacing_mm=find("PixelMeasuresSequence", "PixelSpacing", 2),
+        slope=slope,
+        intercept=intercept,
+        shared=shared,
+        own=own,
+    )
+
+
+def _rescale(instance: Instance, shared: Dataset | None, own: Dataset | None) -> tuple[float, float]:
+    header = instance.header
+    source = header if own is None else _group(shared, own, "PixelValueTransformationSequence")
+    if "ModalityLUTSequence" in header:
+        raise Refusal(
+            ReasonCode.UNSUPPORTED_PIXELS,
+            f"{_upper(instance.label)} maps its values through a Modality LUT, which is not supported.",
+            remedy="Send a series whose values are rescaled by slope and intercept.",
+        )
+    if source is None:
+        source = header  # written by several vendors next to functional groups that lack the macro
+    return _number(source, "RescaleSlope", 1.0, instance), _number(source, "RescaleIntercept", 0.0, instance)
+
+
+def _number(source: Dataset, keyword: str, default: float, instance: Instance) -> float:
+    if string(source, keyword) is None:
+        return default
+    value = decimal(source, keyword)
+    if value is None or (keyword == "RescaleSlope" and value == 0.0):
+        raise Refusal(
+            ReasonCode.INVALID_VALUES,
+            f"{_upper(instance.label)} has a {keyword} that is not a usable number.",
+            remedy="Send the study again, or from its original source.",
+        )
+    return value
+
+
+def _upper(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]

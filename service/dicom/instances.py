@@ -1,0 +1,136 @@
+"""One DICOM file: its header in memory, its pixel data left on disk until they are wanted."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import _read_file_meta_info, dcmread, read_dataset, read_preamble
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from models.errors import ReasonCode, Refusal
+from service.dicom.elements import PARSE_ERRORS, quiet, string
+
+_PIXELS = (Tag("FloatPixelData"), Tag("DoubleFloatPixelData"), Tag("PixelData"))
+_RESEND = "Send the study again; if it fails once more, the images are damaged at their source."
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A SOP instance whose header has been read.
+
+    ``ordinal`` counts the given files from 1 and is what messages call it. ``pixels_at`` is the offset
+    of the pixel data element in the file (in ``inflated`` where the file was deflated); None without one.
+    """
+
+    path: Path
+    ordinal: int
+    header: Dataset
+    transfer_syntax: str
+    pixels_at: int | None
+    inflated: bytes | None = None
+
+    @property
+    def sop_instance_uid(self) -> str:
+        return string(self.header, "SOPInstanceUID") or ""
+
+    @property
+    def label(self) -> str:
+        """How a message names this instance: by place and Instance Number, never by who is in it."""
+        number = string(self.header, "InstanceNumber")
+        return f"image {self.ordinal}" + (f" (Instance Number {number[:12]})" if number else "")
+
+    def read_pixel_element(self) -> tuple[bytes, str | None]:
+        """The value of Pixel Data (native samples, or the encapsulated stream) and its VR.
+
+        Raises
+        ------
+        Refusal
+            UNREADABLE where the element cannot be read.
+        """
+        assert self.pixels_at is not None, "this instance has no pixel data"
+        implicit = self.transfer_syntax == ImplicitVRLittleEndian
+        little = self.transfer_syntax != "1.2.840.10008.1.2.2"
+        try:
+            with _opened(self.path, self.inflated) as stream, quiet():
+                stream.seek(self.pixels_at)
+                rest = read_dataset(stream, implicit, little, stop_when=_after_pixels)
+                element = rest.get_item("PixelData") if "PixelData" in rest else None
+        except PARSE_ERRORS as error:
+            raise _unreadable(self.label) from error
+        if element is None or not isinstance(element.value, bytes):
+            raise _unreadable(self.label)
+        return element.value, element.VR
+
+
+def read_instance(path: Path, ordinal: int, *, limit_bytes: int) -> Instance:
+    """Read a file's header up to its pixel data.
+
+    Parameters
+    ----------
+    limit_bytes : int
+        Largest size that a deflated data set may have once inflated.
+
+    Raises
+    ------
+    Refusal
+        UNREADABLE where it is not a DICOM file or is cut short; TOO_LARGE for a deflated bomb.
+    """
+    try:
+        with path.open("rb") as file, quiet():
+            read_preamble(file, force=False)
+            meta = _read_file_meta_info(file)
+            syntax = string(meta, "TransferSyntaxUID") or ""
+            if syntax == DeflatedExplicitVRLittleEndian:
+                inflated = _inflate(file, ordinal, limit_bytes)
+                stream: BinaryIO = io.BytesIO(inflated)
+                header = read_dataset(stream, False, True, stop_when=_at_pixels)
+                return _instance(path, ordinal, header, syntax, stream, inflated)
+            file.seek(0)
+            header = dcmread(file, stop_before_pixels=True)
+            return _instance(path, ordinal, header, syntax, file, None)
+    except (InvalidDicomError, zlib.error, *PARSE_ERRORS) as error:
+        raise _unreadable(f"image {ordinal}") from error
+
+
+def _instance(
+    path: Path, ordinal: int, header: Dataset, syntax: str, stream: BinaryIO, inflated: bytes | None
+) -> Instance:
+    offset = stream.tell()
+    has_pixels = len(stream.read(4)) == 4  # the reader stopped at the element, or at the end of the file
+    return Instance(path, ordinal, header, syntax, offset if has_pixels else None, inflated)
+
+
+def _opened(path: Path, inflated: bytes | None) -> BinaryIO:
+    return path.open("rb") if inflated is None else io.BytesIO(inflated)
+
+
+def _inflate(file: BinaryIO, ordinal: int, limit_bytes: int) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    out = inflater.decompress(file.read(), limit_bytes + 1)
+    if len(out) > limit_bytes:
+        raise Refusal(
+            ReasonCode.TOO_LARGE,
+            f"The deflated image {ordinal} inflates to more than {limit_bytes / 1e6:.0f} MB.",
+            remedy="Send the study uncompressed, or raise the limit if images of this size are expected.",
+        )
+    return out
+
+
+def _at_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
+    return tag in _PIXELS
+
+
+def _after_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
+    return tag > _PIXELS[-1]
+
+
+def _unreadable(label: str) -> Refusal:
+    sentence = f"{label[0].upper()}{label[1:]} cannot be read as DICOM: it is damaged or cut short."
+    return Refusal(ReasonCode.UNREADABLE, sentence, remedy=_RESEND)

@@ -1,0 +1,283 @@
+"""Stored values of frames, from every transfer syntax that the node accepts.
+
+One decoder is chosen for each transfer syntax and never another tried after it: GDCM ends the process on
+some RLE frames, so it gets only the two processes that nothing else here decodes, JPEG lossless and 12-bit
+JPEG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gdcm
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.encaps import generate_frames
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+
+from models.errors import ReasonCode, Refusal
+from service.dicom.codestreams import jpeg2000_frame_header, jpeg_frame_header
+from service.dicom.elements import PARSE_ERRORS, integer, quiet, raw, string
+from service.dicom.instances import Instance
+
+_NATIVE = frozenset(
+    {ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian}
+)
+_PLUGIN = {
+    RLELossless: "pydicom",
+    JPEGBaseline8Bit: "pillow",
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+    JPEG2000Lossless: "pylibjpeg",
+    JPEG2000: "pylibjpeg",
+    HTJ2KLossless: "pylibjpeg",
+    HTJ2KLosslessRPCL: "pylibjpeg",
+    HTJ2K: "pylibjpeg",
+}
+_BY_GDCM = frozenset({JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1})
+_JPEG = frozenset({JPEGBaseline8Bit, *_BY_GDCM, JPEGLSLossless, JPEGLSNearLossless})
+_JPEG2000 = frozenset({JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K})
+_ALWAYS_LOSSY = frozenset({JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless})
+_MAYBE_LOSSY = frozenset({JPEG2000, HTJ2K})
+
+_RESEND = "Send the study again; if it fails once more, the images are damaged at their source."
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How the samples of an instance are stored (PS3.3 C.7.6.3)."""
+
+    rows: int
+    columns: int
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    signed: bool
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(f"{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
+
+    @staticmethod
+    def of(instance: Instance) -> PixelFormat:
+        """Read and check the Image Pixel module of a header.
+
+        Raises
+        ------
+        Refusal
+            UNSUPPORTED_PIXELS for colour, palettes, floating point, odd depths and unknown codecs.
+        """
+        header = instance.header
+        samples = integer(header, "SamplesPerPixel") or 1
+        photometric = string(header, "PhotometricInterpretation") or "MONOCHROME2"
+        if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+            raise _unsupported(
+                f"{_upper(instance.label)} is a colour image ({photometric[:16]}, {samples} samples per pixel)."
+            )
+        values = {
+            keyword: integer(header, keyword)
+            for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
+        }
+        rows, columns, allocated, stored, representation = values.values()
+        if not rows or not columns or representation not in (0, 1) or not stored:
+            missing = ", ".join(k for k, v in values.items() if v is None) or "a size of 0"
+            raise _unsupported(f"{_upper(instance.label)} does not describe its pixels ({missing}).")
+        high_bit = integer(header, "HighBit")
+        high_bit = stored - 1 if high_bit is None else high_bit
+        if (
+            allocated not in (8, 16, 32)
+            or not 0 < stored <= allocated
+            or not stored - 1 <= high_bit < allocated
+        ):
+            raise _unsupported(
+                f"{_upper(instance.label)} stores {stored} of {allocated} bits up to bit {high_bit}, "
+                "which is not supported."
+            )
+        syntax = UID(instance.transfer_syntax)
+        if syntax not in _NATIVE and syntax not in _PLUGIN and syntax not in _BY_GDCM:
+            raise _unsupported(
+                f"{_upper(instance.label)} is encoded in {syntax.name}, which is not supported."
+            )
+        return PixelFormat(rows, columns, allocated, stored, high_bit, representation == 1)
+
+
+def is_lossy(instance: Instance) -> bool:
+    """True where the image was compressed with loss, now or earlier (PS3.3 C.7.6.1.1.5)."""
+    said = string(instance.header, "LossyImageCompression")
+    syntax = instance.transfer_syntax
+    return said == "01" or syntax in _ALWAYS_LOSSY or (syntax in _MAYBE_LOSSY and said != "00")
+
+
+def stored_frames(instance: Instance, form: PixelFormat, count: int) -> Iterator[tuple[NDArray[Any], bool]]:
+    """Yield each frame as a (Y, X) integer array, and whether bits outside Bits Stored had to be cleared.
+
+    Raises
+    ------
+    Refusal
+        UNREADABLE where the pixel data is short, damaged, or not of the size that the header claims.
+    """
+    value, vr = instance.read_pixel_element()
+    if instance.transfer_syntax in _NATIVE:
+        if instance.transfer_syntax == ExplicitVRBigEndian and form.bits_allocated == 8 and vr == "OW":
+            value = np.frombuffer(value, "<u2", len(value) // 2).byteswap().tobytes()  # a word is two samples
+        yield from _native_frames(value, instance, form, count)
+        return
+    table = [raw(instance.header, k) for k in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    offsets = (table[0], table[1]) if all(isinstance(t, bytes) for t in table) else None
+    number = 0
+    try:
+        with quiet():
+            for number, stream in enumerate(
+                generate_frames(value, number_of_frames=count, extended_offsets=offsets), 1
+            ):
+                if number > count:
+                    break
+                _check_codestream(stream, instance, form)
+                yield _decoded(stream, instance, form)
+    except PARSE_ERRORS as error:
+        raise _damaged(instance, f"frame {number} of its compressed pixel data cannot be decoded") from error
+    if number < count:
+        raise _damaged(instance, f"it holds {number} of {count} compressed frames")
+
+
+def _native_frames(
+    value: bytes, instance: Instance, form: PixelFormat, count: int
+) -> Iterator[tuple[NDArray[Any], bool]]:
+    dtype = form.dtype
+    size = form.rows * form.columns
+    needed = size * dtype.itemsize * count
+    if len(value) < needed:
+        raise _damaged(instance, f"it holds {len(value)} of {needed} bytes of pixel data")
+    if instance.transfer_syntax == ExplicitVRBigEndian:
+        dtype = dtype.newbyteorder(">")
+    samples = np.frombuffer(value, dtype, size * count).reshape(count, form.rows, form.columns)
+    for plane in samples:
+        yield _significant(plane.astype(form.dtype, copy=False), form)
+
+
+def _significant(plane: NDArray[Any], form: PixelFormat) -> tuple[NDArray[Any], bool]:
+    """The value between High Bit and the lowest stored bit; other bits may hold anything (PS3.5 8.1.1)."""
+    below = form.high_bit + 1 - form.bits_stored
+    above = form.bits_allocated - 1 - form.high_bit
+    if below == above == 0:
+        return plane, False
+    # Left to the top, then back down: the dtype's sign decides between sign bits and zeros.
+    out = np.right_shift(np.left_shift(plane, above), above + below)
+    return out, below == 0 and not np.array_equal(out, plane)
+
+
+def _decoded(stream: bytes, instance: Instance, form: PixelFormat) -> tuple[NDArray[Any], bool]:
+    syntax = UID(instance.transfer_syntax)
+    if syntax in _BY_GDCM:
+        return _by_gdcm(stream, instance, form)
+    decoder = get_decoder(syntax)
+    plane = next(
+        decoder.iter_array(
+            _encapsulated(stream),
+            raw=True,
+            decoding_plugin=_PLUGIN[syntax],
+            transfer_syntax_uid=syntax,
+            rows=form.rows,
+            columns=form.columns,
+            number_of_frames=1,
+            samples_per_pixel=1,
+            photometric_interpretation="MONOCHROME2",
+            bits_allocated=form.bits_allocated,
+            bits_stored=form.bits_stored,
+            pixel_representation=int(form.signed),
+            pixel_keyword="PixelData",
+        )
+    )[0]
+    return _significant(plane, form) if syntax == RLELossless else (plane, False)
+
+
+def _by_gdcm(stream: bytes, instance: Instance, form: PixelFormat) -> tuple[NDArray[Any], bool]:
+    """Decode a JPEG frame by GDCM, always as unsigned: asked for signed 12-bit samples it returns zeros."""
+    header = jpeg_frame_header(stream)
+    assert header is not None
+    bits = 8 if header.precision <= 8 else 16
+    fragment = gdcm.Fragment()
+    fragment.SetByteStringValue(stream)
+    fragments = gdcm.SequenceOfFragments.New()
+    fragments.AddFragment(fragment)
+    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
+    element.SetValue(fragments.__ref__())
+    image = gdcm.Image()
+    image.SetNumberOfDimensions(2)
+    image.SetDimensions((form.columns, form.rows, 1))
+    image.SetDataElement(element)
+    kind = gdcm.PhotometricInterpretation.GetPIType("MONOCHROME2")
+    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(kind))
+    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(instance.transfer_syntax)))
+    image.SetPixelFormat(gdcm.PixelFormat(1, bits, header.precision, header.precision - 1, 0))
+    buffer = image.GetBuffer().encode("utf-8", "surrogateescape")
+    plane = np.frombuffer(buffer, f"<u{bits // 8}").reshape(form.rows, form.columns)
+    if not form.signed:
+        return plane, False
+    shift = bits - min(header.precision, form.bits_stored)
+    return np.right_shift(np.left_shift(plane, shift).view(f"i{bits // 8}"), shift), False
+
+
+def _check_codestream(stream: bytes, instance: Instance, form: PixelFormat) -> None:
+    if instance.transfer_syntax in _JPEG:
+        header = jpeg_frame_header(stream)
+    elif instance.transfer_syntax in _JPEG2000:
+        header = jpeg2000_frame_header(stream)
+    else:
+        return
+    if header is None:
+        raise _damaged(instance, "a compressed frame has no frame header")
+    if (header.rows, header.columns, header.components) != (form.rows, form.columns, 1):
+        raise _damaged(
+            instance,
+            f"a compressed frame of {header.rows} x {header.columns} pixels and {header.components} components "
+            f"stands where {form.rows} x {form.columns} and 1 are announced",
+        )
+    if not 2 <= header.precision <= form.bits_allocated:
+        raise _damaged(
+            instance,
+            f"a compressed frame has {header.precision} bits where {form.bits_allocated} are allocated",
+        )
+
+
+def _encapsulated(stream: bytes) -> bytes:
+    """One frame as one fragment behind an empty offset table (PS3.5 section A.4)."""
+    stream += b"\0" * (len(stream) % 2)
+    return b"\xfe\xff\x00\xe0\0\0\0\0" + b"\xfe\xff\x00\xe0" + len(stream).to_bytes(4, "little") + stream
+
+
+def _damaged(instance: Instance, what: str) -> Refusal:
+    return Refusal(
+        ReasonCode.UNREADABLE, f"{_upper(instance.label)} cannot be decoded: {what}.", remedy=_RESEND
+    )
+
+
+def _unsupported(sentence: str) -> Refusal:
+    return Refusal(
+        ReasonCode.UNSUPPORTED_PIXELS, sentence, remedy="Route the series of original greyscale images."
+    )
+
+
+def _upper(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
