@@ -2,7 +2,7 @@
 
 A network is data from outside. It may not reach for other files (external data), for code that is not in
 the runtime (custom operator domains), or loop, branch or recurse (control flow, nested graphs, local
-functions), and it must take and give what the manifest says.
+functions), nor draw random numbers, and it must take and give what the manifest says.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def check_graph(data: bytes, name: str, manifest: Manifest) -> None:
         raise BundleError(f"{name!r} {problem}.", remedy=_REMEDY)
     try:
         onnx.checker.check_model(data)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        # Besides its own error, the checker's C++ raises what text that is not UTF-8 makes of it.
         first_line = str(error).strip().partition("\n")[0][:300]
         raise BundleError(f"{name!r} is not a valid ONNX graph: {first_line}.", remedy=_REMEDY) from error
 
@@ -117,7 +118,8 @@ def _port_problems(
         dim.dim_value if dim.HasField("dim_value") else None for dim in kind.tensor_type.shape.dim
     )
     if channels != n_channels:
-        yield f"has an {what} of {channels or 'unknown'} channels, where model.json says {n_channels}"
+        stated = "unknown" if channels is None else channels
+        yield f"has an {what} of {stated} channels, where model.json says {n_channels}"
     if batch not in (None, 1):
         yield f"has an {what} with a batch of {batch}, where 1 or any is needed"
     if any(size not in (None, expected) for size, expected in zip(spatial, patch, strict=True)):
