@@ -38,6 +38,7 @@ class Float32Predictor(nnUNetPredictor):  # type: ignore[misc]
                 sigma_scale=1.0 / 8,
                 value_scaling_factor=10,
                 dtype=torch.float16,
+                device=torch.device("cpu"),
             ).float()
             for tile in slicers:
                 patch = torch.clone(data[tile][None], memory_format=torch.contiguous_format).to(self.device)

@@ -6,10 +6,12 @@ preprocessed data are shared, and a trained student loads in stock nnU-Net.
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from fractions import Fraction
 from typing import Any
 
+import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
@@ -134,3 +136,26 @@ def build_network(
 def count_parameters(network: nn.Module) -> int:
     """Number of trainable values, deep supervision heads included, each shared tensor counted once."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def count_gflops(network: nn.Module, n_inputs: int, patch_size: tuple[int, int, int]) -> float:
+    """Cost of one patch in GFLOPs: two operations for each multiply-add of a convolution.
+
+    Transposed convolutions, norms and activations are not counted, which is how the figures of
+    arXiv:2601.09191 come about. Nothing is computed: shapes alone run through the network.
+    """
+    total = 0
+
+    def count(module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv3d)
+        per_output = module.in_channels // module.groups * math.prod(module.kernel_size)
+        total += 2 * per_output * output.numel()
+
+    shapes = deepcopy(network).to("meta")
+    for module in shapes.modules():
+        if isinstance(module, nn.Conv3d):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        shapes(torch.empty(1, n_inputs, *patch_size, device="meta"))
+    return total / 1e9

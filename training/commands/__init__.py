@@ -1,0 +1,1 @@
+"""The commands of ``segnode-train``: one module each, with a ``register(app)``."""
