@@ -115,9 +115,8 @@ def regular_grid(
     _refuse_tilt(frames, positions, along, normal, policy)
     _refuse_irregular(frames, along, policy)
     grid = positions[0] + np.arange(len(frames))[:, None] * step
-    sideways = float(
-        np.linalg.norm((positions - grid) - np.outer((positions - grid) @ normal, normal), axis=1).max()
-    )
+    offset = positions - grid
+    sideways = float(np.linalg.norm(offset - np.outer(offset @ normal, normal), axis=1).max())
     if sideways > policy.in_plane_mm:
         raise Refusal(
             ReasonCode.INVALID_GEOMETRY,
@@ -141,11 +140,11 @@ def _directions(frames: Sequence[Frame], policy: GeometryPolicy) -> tuple[_Float
     skew = np.abs(np.sum(rows * columns, axis=1))
     if np.abs(lengths - 1).max() > 0.01 or skew.max() > 0.01:
         worst = int(np.argmax(skew))
+        a, b = np.linalg.norm(rows[worst]), np.linalg.norm(columns[worst])
         raise Refusal(
             ReasonCode.INVALID_GEOMETRY,
-            f"The row and column directions are not two unit vectors at a right angle ({frames[worst].label}: "
-            f"lengths {np.linalg.norm(rows[worst]):.3f} and {np.linalg.norm(columns[worst]):.3f}, "
-            f"cosine {skew[worst]:.3f}).",
+            "The row and column directions are not two unit vectors at a right angle "
+            f"({frames[worst].label}: lengths {a:.3f} and {b:.3f}, cosine {skew[worst]:.3f}).",
             remedy="Send the study again from its original source.",
         )
     angle = max(_largest_angle_degrees(rows), _largest_angle_degrees(columns))
@@ -153,7 +152,7 @@ def _directions(frames: Sequence[Frame], policy: GeometryPolicy) -> tuple[_Float
         kinds = len(np.unique(np.round(np.hstack([rows, columns]), 2), axis=0))
         raise Refusal(
             ReasonCode.MIXED_ORIENTATION,
-            f"The images lie in planes that differ by up to {angle:.1f} degrees ({max(kinds, 2)} orientations), "
+            f"The images lie in {max(kinds, 2)} orientations that differ by up to {angle:.1f} degrees, "
             "as those of a localizer do.",
             remedy="Route a series whose slices are parallel.",
         )
@@ -199,7 +198,7 @@ def _refuse_repeated(frames: Sequence[Frame], along: _Floats, policy: GeometryPo
     counts = np.diff(np.append(starts, len(along)))
     if counts.max() == 1:
         return
-    together = [frames[s : s + c] for s, c in zip(starts, counts, strict=True) if c > 1]
+    together = [frames[int(s) : int(s + c)] for s, c in zip(starts, counts, strict=True) if c > 1]
     traits = differing_attributes(max(together, key=len))
     by = f"; they differ in {', '.join(traits)}" if traits else ""
     if len(starts) == 1:
@@ -227,7 +226,7 @@ def _refuse_tilt(
     angle = float(np.degrees(np.arctan2(np.linalg.norm(run - height * normal), height)))
     if angle > policy.tilt_degrees:
         gaps = _missing_places(along, policy)
-        also = f" Besides, {len(gaps)} slices are missing." if gaps else ""
+        also = f" Besides, slices are missing at {len(gaps)} places." if gaps else ""
         raise Refusal(
             ReasonCode.GANTRY_TILT,
             f"The stack of {len(frames)} slices is sheared: gantry tilt {angle:.1f} degrees.{also}",
@@ -247,8 +246,8 @@ def _refuse_irregular(frames: Sequence[Frame], along: _Floats, policy: GeometryP
         some = "1 slice is" if len(missing) == 1 else f"{len(missing)} slices are"
         raise Refusal(
             ReasonCode.MISSING_SLICE,
-            f"{some} missing from a stack of {count} with {np.diff(along).min():.3f} mm spacing, at {places} mm "
-            f"along the normal{' and elsewhere' if len(missing) > _LISTED else ''}.",
+            f"{some} missing from a stack of {count} with {np.diff(along).min():.3f} mm spacing, "
+            f"at {places} mm along the normal{' and elsewhere' if len(missing) > _LISTED else ''}.",
             remedy="Send the whole series again.",
         )
     gaps = np.diff(along)

@@ -27,9 +27,7 @@ _COMPARED = ("StudyInstanceUID", "PatientID", "IssuerOfPatientID", "PatientName"
 _DATE = re.compile(r"(?:\d{4}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))")
 _TIME = re.compile(r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:(?:[0-5]\d|60)(?:\.\d{1,6})?)?)?")
 
-_REMEDY = (
-    "Correct the patient and study identifiers at the modality or in the PACS, then send the study again."
-)
+_REMEDY = "Correct the identifiers at the modality or in the PACS, then send the study again."
 
 
 @dataclass(frozen=True)

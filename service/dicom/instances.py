@@ -10,14 +10,38 @@ from typing import BinaryIO
 
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import _read_file_meta_info, dcmread, read_dataset, read_preamble
+from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from models.errors import ReasonCode, Refusal
 from service.dicom.elements import PARSE_ERRORS, quiet, string
 
 _PIXELS = (Tag("FloatPixelData"), Tag("DoubleFloatPixelData"), Tag("PixelData"))
+_WANTED = [
+    Tag(keyword)
+    for keyword in (
+        # patient and study
+        "SpecificCharacterSet PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex "
+        "StudyInstanceUID StudyDate StudyTime StudyID StudyDescription AccessionNumber ReferringPhysicianName "
+        # series and instance
+        "SOPClassUID SOPInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription Modality Manufacturer "
+        "ManufacturerModelName BodyPartExamined Laterality PatientPosition ProtocolName InstanceNumber "
+        "ImageType FrameOfReferenceUID PositionReferenceIndicator LossyImageCompression "
+        "LossyImageCompressionRatio LossyImageCompressionMethod "
+        # plane and pixels
+        "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness NumberOfFrames "
+        "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence Rows Columns SamplesPerPixel "
+        "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope "
+        "RescaleIntercept ModalityLUTSequence ExtendedOffsetTable ExtendedOffsetTableLengths "
+        # what tells volumes of one series apart
+        "EchoTime InversionTime FlipAngle DiffusionBValue TemporalPositionIdentifier TriggerTime "
+        "AcquisitionNumber ConvolutionKernel AcquisitionDate AcquisitionTime ContentDate ContentTime "
+        "SeriesDate SeriesTime"
+    ).split()
+]
+"""The elements that are kept. Vendors' private ones are most of a header and cost most of its reading."""
+
 _RESEND = "Send the study again; if it fails once more, the images are damaged at their source."
 
 
@@ -56,7 +80,7 @@ class Instance:
         """
         assert self.pixels_at is not None, "this instance has no pixel data"
         implicit = self.transfer_syntax == ImplicitVRLittleEndian
-        little = self.transfer_syntax != "1.2.840.10008.1.2.2"
+        little = self.transfer_syntax != ExplicitVRBigEndian
         try:
             with _opened(self.path, self.inflated) as stream, quiet():
                 stream.seek(self.pixels_at)
@@ -85,26 +109,24 @@ def read_instance(path: Path, ordinal: int, *, limit_bytes: int) -> Instance:
     try:
         with path.open("rb") as file, quiet():
             read_preamble(file, force=False)
-            meta = _read_file_meta_info(file)
-            syntax = string(meta, "TransferSyntaxUID") or ""
+            syntax = string(_read_file_meta_info(file), "TransferSyntaxUID") or ""
+            inflated = None
+            stream: BinaryIO = file
             if syntax == DeflatedExplicitVRLittleEndian:
                 inflated = _inflate(file, ordinal, limit_bytes)
-                stream: BinaryIO = io.BytesIO(inflated)
-                header = read_dataset(stream, False, True, stop_when=_at_pixels)
-                return _instance(path, ordinal, header, syntax, stream, inflated)
-            file.seek(0)
-            header = dcmread(file, stop_before_pixels=True)
-            return _instance(path, ordinal, header, syntax, file, None)
+                stream = io.BytesIO(inflated)
+            header = read_dataset(
+                stream,
+                is_implicit_VR=syntax == ImplicitVRLittleEndian,
+                is_little_endian=syntax != ExplicitVRBigEndian,
+                stop_when=_at_pixels,
+                specific_tags=_WANTED,
+            )
+            offset = stream.tell()
+            has_pixels = len(stream.read(4)) == 4  # the reader stopped there, or at the end of the file
+            return Instance(path, ordinal, header, syntax, offset if has_pixels else None, inflated)
     except (InvalidDicomError, zlib.error, *PARSE_ERRORS) as error:
         raise _unreadable(f"image {ordinal}") from error
-
-
-def _instance(
-    path: Path, ordinal: int, header: Dataset, syntax: str, stream: BinaryIO, inflated: bytes | None
-) -> Instance:
-    offset = stream.tell()
-    has_pixels = len(stream.read(4)) == 4  # the reader stopped at the element, or at the end of the file
-    return Instance(path, ordinal, header, syntax, offset if has_pixels else None, inflated)
 
 
 def _opened(path: Path, inflated: bytes | None) -> BinaryIO:
@@ -128,7 +150,7 @@ def _at_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
 
 
 def _after_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
-    return tag > _PIXELS[-1]
+    return bool(tag > _PIXELS[-1])
 
 
 def _unreadable(label: str) -> Refusal:

@@ -93,7 +93,7 @@ class PixelFormat:
         photometric = string(header, "PhotometricInterpretation") or "MONOCHROME2"
         if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
             raise _unsupported(
-                f"{_upper(instance.label)} is a colour image ({photometric[:16]}, {samples} samples per pixel)."
+                f"{_upper(instance.label)} is in colour ({photometric[:16]}, {samples} samples per pixel)."
             )
         values = {
             keyword: integer(header, keyword)
@@ -251,8 +251,8 @@ def _check_codestream(stream: bytes, instance: Instance, form: PixelFormat) -> N
     if (header.rows, header.columns, header.components) != (form.rows, form.columns, 1):
         raise _damaged(
             instance,
-            f"a compressed frame of {header.rows} x {header.columns} pixels and {header.components} components "
-            f"stands where {form.rows} x {form.columns} and 1 are announced",
+            f"a compressed frame of {header.rows} x {header.columns} pixels in {header.components} components "
+            f"stands where {form.rows} x {form.columns} in 1 are announced",
         )
     if not 2 <= header.precision <= form.bits_allocated:
         raise _damaged(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +129,7 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
     if voxels > policy.limit_voxels:
         raise Refusal(
             ReasonCode.TOO_LARGE,
-            f"The series claims {voxels / 1e6:.0f} million voxels; the limit is {policy.limit_voxels / 1e6:.0f}.",
+            f"The series claims {voxels / 1e6:.0f} million voxels of {policy.limit_voxels / 1e6:.0f} allowed.",
             remedy="Raise the limit if images of this size are expected.",
         )
     shapes = [(forms[f.instance].rows, forms[f.instance].columns) for f in frames]
@@ -163,13 +164,13 @@ def _images(instances: list[Instance], policy: GeometryPolicy, warnings: list[st
         elif instance.pixels_at is None:
             raise Refusal(
                 ReasonCode.UNREADABLE,
-                f"Of {len(instances)} images, {instance.label} has no pixel data: it is damaged or cut short.",
-                remedy="Send the study again; if it fails once more, the images are damaged at their source.",
+                f"{_upper(instance.label)} has no pixel data: it is damaged or cut short.",
+                remedy="Send the study again; if it fails once more, the image is damaged at its source.",
             )
         elif not planar:
             raise Refusal(
                 ReasonCode.NOT_A_VOLUME,
-                f"Of {len(instances)} images, {instance.label} does not state its place in the patient.",
+                f"{_upper(instance.label)} does not state its place in the patient.",
                 remedy="Route a series that holds one stack of parallel slices.",
             )
         else:
@@ -177,13 +178,11 @@ def _images(instances: list[Instance], policy: GeometryPolicy, warnings: list[st
     if others and (policy.non_image == "refuse" or not images):
         raise Refusal(
             ReasonCode.NOT_A_VOLUME,
-            f"{len(others)} of {len(instances)} objects are no images with a place in the patient.",
+            f"{len(others)} of {len(instances)} objects hold no plane of the patient.",
             remedy="Route a series that holds one stack of parallel slices.",
         )
     if others:
-        warnings.append(
-            f"Left out: {len(others)} of {len(instances)} objects, which are no images of the patient."
-        )
+        warnings.append(f"Left out: {len(others)} of {len(instances)} objects, which hold no plane.")
     return images
 
 
@@ -232,8 +231,8 @@ def _without_copies(images: list[Instance], warnings: list[str]) -> list[Instanc
         elif _content(earlier) != _content(image):
             raise Refusal(
                 ReasonCode.IDENTITY_CONFLICT,
-                f"{earlier.label[0].upper()}{earlier.label[1:]} and {image.label} have the same SOP Instance "
-                "UID but are different images.",
+                f"{_upper(earlier.label)} and {image.label} have the same SOP Instance UID, "
+                "but are different images.",
                 remedy="Send the study again from its original source.",
             )
     if len(kept) < len(images):
@@ -297,8 +296,12 @@ def _decode(grid: Grid, forms: dict[Instance, PixelFormat], warnings: list[str])
     return array
 
 
-def _rescale(plane: NDArray[np.generic], frame: Frame, out: NDArray[np.float32]) -> None:
+def _rescale(plane: NDArray[Any], frame: Frame, out: NDArray[np.float32]) -> None:
     if frame.slope == 1.0 and frame.intercept == 0.0:
         out[...] = plane
     else:  # in float64, so that each value is rounded once
         out[...] = plane * np.float64(frame.slope) + np.float64(frame.intercept)
+
+
+def _upper(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
