@@ -1,0 +1,40 @@
+"""What every endpoint works with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from models.registry import Registry
+from service.records.database import Records
+from service.settings import Settings
+from service.spool import Spool
+from service.uploads import UploadDesk
+
+
+@dataclass(frozen=True)
+class Node:
+    """The parts of the node that the HTTP interface is a face of."""
+
+    settings: Settings
+    records: Records
+    spool: Spool
+    registry: Registry
+    clock: Callable[[], datetime]
+    desk: UploadDesk
+    adding_model: asyncio.Lock = field(default_factory=asyncio.Lock)  # golden cases one at a time
+
+
+def get_node(request: Request) -> Node:
+    """The node behind this application."""
+    node = request.app.state.node
+    assert isinstance(node, Node)
+    return node
+
+
+NodeDep = Annotated[Node, Depends(get_node)]
