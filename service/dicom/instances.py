@@ -18,28 +18,35 @@ from models.errors import ReasonCode, Refusal
 from service.dicom.elements import PARSE_ERRORS, quiet, string
 
 _PIXELS = (Tag("FloatPixelData"), Tag("DoubleFloatPixelData"), Tag("PixelData"))
-_WANTED = [
-    Tag(keyword)
-    for keyword in (
-        # patient and study
-        "SpecificCharacterSet PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex "
-        "StudyInstanceUID StudyDate StudyTime StudyID StudyDescription AccessionNumber ReferringPhysicianName "
-        # series and instance
-        "SOPClassUID SOPInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription Modality Manufacturer "
-        "ManufacturerModelName BodyPartExamined Laterality PatientPosition ProtocolName InstanceNumber "
-        "ImageType FrameOfReferenceUID PositionReferenceIndicator LossyImageCompression "
-        "LossyImageCompressionRatio LossyImageCompressionMethod "
-        # plane and pixels
-        "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness NumberOfFrames "
-        "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence Rows Columns SamplesPerPixel "
-        "PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope "
-        "RescaleIntercept ModalityLUTSequence ExtendedOffsetTable ExtendedOffsetTableLengths "
-        # what tells volumes of one series apart
-        "EchoTime InversionTime FlipAngle DiffusionBValue TemporalPositionIdentifier TriggerTime "
-        "AcquisitionNumber ConvolutionKernel AcquisitionDate AcquisitionTime ContentDate ContentTime "
-        "SeriesDate SeriesTime"
-    ).split()
-]
+# fmt: off
+_WANTED = [Tag(keyword) for keyword in (
+    # patient and study
+    "SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate",
+    "PatientSex",
+    "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber",
+    "ReferringPhysicianName",
+    # series and instance
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality",
+    "Manufacturer",
+    "ManufacturerModelName", "BodyPartExamined", "Laterality", "PatientPosition", "ProtocolName",
+    "InstanceNumber",
+    "ImageType", "FrameOfReferenceUID", "PositionReferenceIndicator", "LossyImageCompression",
+    "LossyImageCompressionRatio", "LossyImageCompressionMethod",
+    # plane and pixels
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "NumberOfFrames",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Rows", "Columns",
+    "SamplesPerPixel",
+    "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
+    "RescaleSlope",
+    "RescaleIntercept", "ModalityLUTSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    # what tells volumes of one series apart
+    "EchoTime", "InversionTime", "FlipAngle", "DiffusionBValue", "TemporalPositionIdentifier",
+    "TriggerTime",
+    "AcquisitionNumber", "ConvolutionKernel", "AcquisitionDate", "AcquisitionTime", "ContentDate",
+    "ContentTime",
+    "SeriesDate", "SeriesTime",
+)]
+# fmt: on
 """The elements that are kept. Vendors' private ones are most of a header and cost most of its reading."""
 
 _RESEND = "Send the study again; if it fails once more, the images are damaged at their source."

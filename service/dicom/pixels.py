@@ -251,8 +251,8 @@ def _check_codestream(stream: bytes, instance: Instance, form: PixelFormat) -> N
     if (header.rows, header.columns, header.components) != (form.rows, form.columns, 1):
         raise _damaged(
             instance,
-            f"a compressed frame of {header.rows} x {header.columns} pixels in {header.components} components "
-            f"stands where {form.rows} x {form.columns} in 1 are announced",
+            f"a compressed frame has {header.rows} x {header.columns} pixels, {header.components} components, "
+            f"not {form.rows} x {form.columns} and 1",
         )
     if not 2 <= header.precision <= form.bits_allocated:
         raise _damaged(

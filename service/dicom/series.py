@@ -129,7 +129,7 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
     if voxels > policy.limit_voxels:
         raise Refusal(
             ReasonCode.TOO_LARGE,
-            f"The series claims {voxels / 1e6:.0f} million voxels of {policy.limit_voxels / 1e6:.0f} allowed.",
+            f"The series claims {voxels / 1e6:.0f} of {policy.limit_voxels / 1e6:.0f} million voxels allowed.",
             remedy="Raise the limit if images of this size are expected.",
         )
     shapes = [(forms[f.instance].rows, forms[f.instance].columns) for f in frames]
