@@ -1,28 +1,35 @@
 """What uploaded files are, told by their contents: NIfTI images, or archives of DICOM series.
 
-Only what is cheap to see is judged here: the kind of a file, its header, the list of an archive. Geometry
-and voxels are judged by whoever reads the volume. A file's name, as its sender gave it, is never used.
+Only what is cheap to see is judged here: the kind of a file, its header, the directory of an archive.
+Geometry and voxels are judged by the job. A file's name, as its sender gave it, is never used.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import warnings
+import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-import pydicom
-from nibabel import Nifti1Pair, load
+from nibabel import load
 from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Pair
 
 from models.errors import ReasonCode, Refusal
 from models.manifest import Manifest
-from service.spool import Spool
-from service.zipped_dicom import unpack_dicom
+from service.headers import read_attributes
 
+MAX_MEMBERS = 50_000
+_MAX_DIRECTORY_BYTES = 16 << 20
+_END = struct.Struct("<4s4H2LH")  # end of central directory record, APPNOTE.TXT 4.3.16
+_PROBED_MEMBERS = 16
+_PROBED_BYTES = 4 << 20
 _UID = re.compile(r"[0-9.]{1,64}")
 
 
@@ -34,35 +41,21 @@ class _Kind(StrEnum):
     ARCHIVE = ".zip"
 
 
-@dataclass(frozen=True)
-class UploadedInput:
-    """A file that a job will read."""
-
-    path: Path
-    channel: int
-
-
-def take_inputs(
-    paths: Sequence[Path], manifest: Manifest, spool: Spool, *, maximum_bytes: int
-) -> tuple[list[UploadedInput], str | None]:
-    """Judge one uploaded file per channel, and give every file its proper name.
-
-    NIfTI files are renamed to ``<channel>.nii`` or ``<channel>.nii.gz``; archives are unpacked to
-    ``<channel>-<number>.dcm`` beside them and removed.
+def take_inputs(paths: Sequence[Path], manifest: Manifest) -> tuple[list[Path], str | None]:
+    """Judge one uploaded file per channel, and rename each to ``<channel>`` with the suffix of what it is.
 
     Returns
     -------
-    inputs : list of UploadedInput
+    paths : list of Path
+        One for each channel: NIfTI (``.nii``, ``.nii.gz``), or an archive of DICOM files (``.zip``).
     study_instance_uid : str or None
-        Of the DICOM files; None for NIfTI.
+        Of the archive's first DICOM file; None for NIfTI, and where it cannot be told yet.
 
     Raises
     ------
     Refusal
-        MISSING_CHANNEL for another number of files than the model has channels, or a mixture of kinds;
-        UNREADABLE, NOT_A_VOLUME, TOO_LARGE for what the files are.
-    StorageFullError
-        If an archive does not fit on the disk unpacked.
+        MISSING_CHANNEL for another number of files than the model has channels; CHANNEL_GRIDS_DIFFER for
+        a mixture of kinds; UNREADABLE, NOT_A_VOLUME, TOO_LARGE for what the files are.
     """
     channels = [channel.name for channel in manifest.channels]
     if len(paths) != len(channels):
@@ -81,21 +74,13 @@ def take_inputs(
             f"{archives} of {len(kinds)} files are archives of DICOM and the others are NIfTI.",
             remedy="Send all channels in the same form.",
         )
-    if archives:
-        inputs = []
-        for channel, path in enumerate(paths):
-            unpacked = unpack_dicom(
-                path, names[channel], prefix=f"{channel:04d}", spool=spool, limit_bytes=maximum_bytes
-            )
-            path.unlink()
-            inputs += [UploadedInput(each, channel) for each in unpacked]
-        return inputs, _study_instance_uid(inputs[0].path)
-    inputs = []
-    for channel, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
-        named = path.rename(path.with_name(f"{channel:04d}{kind}"))
-        _check_nifti_header(named, names[channel])
-        inputs.append(UploadedInput(named, channel))
-    return inputs, None
+    named = [p.rename(p.with_name(f"{i:04d}{k}")) for i, (p, k) in enumerate(zip(paths, kinds, strict=True))]
+    if not archives:
+        for path, name in zip(named, names, strict=True):
+            _check_nifti_header(path, name)
+        return named, None
+    study_instance_uids = [_check_archive(path, name) for path, name in zip(named, names, strict=True)]
+    return named, study_instance_uids[0]
 
 
 def _kind_of(path: Path, name: str) -> _Kind:
@@ -148,16 +133,69 @@ def _check_nifti_header(path: Path, name: str) -> None:
             )
 
 
-def _study_instance_uid(path: Path) -> str | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that break their VR; the job judges them
+def _check_archive(path: Path, name: str) -> str | None:
+    """Judge an archive by its directory; the Study Instance UID of its first DICOM file, if it tells one."""
+    try:
+        with path.open("rb") as file:
+            _check_directory_size(file, name)
+            with zipfile.ZipFile(file) as archive:
+                members = [info for info in archive.infolist() if not info.is_dir()]
+                if not members:
+                    raise _bad_archive(f"{name} is an archive without a file in it.")
+                if any(info.flag_bits & 0x1 for info in members):
+                    raise _bad_archive(f"{name} is an archive with a password.")
+                return _study_instance_uid(archive, members, path.with_name("probe"))
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        raise _bad_archive(f"{name} is a damaged archive ({type(error).__name__}).") from error
+
+
+def _check_directory_size(file: IO[bytes], name: str) -> None:
+    """Refuse a directory that is too large to be read, before :mod:`zipfile` reads it whole."""
+    size_bytes = file.seek(0, os.SEEK_END)
+    file.seek(-min(size_bytes, _END.size + 0xFFFF + 20), os.SEEK_END)
+    tail = file.read()
+    file.seek(0)
+    start = tail.rfind(b"PK\x05\x06")
+    if start < 0 or len(tail) - start < _END.size:
+        raise _bad_archive(f"{name} is an archive that is cut off.")
+    if b"PK\x06\x07" in tail[max(0, start - 20) : start]:
+        raise _bad_archive(f"{name} is in the ZIP64 format, made for over 4 GiB or 65535 files.")
+    n_members, directory_bytes = _END.unpack_from(tail, start)[4:6]
+    if n_members > MAX_MEMBERS or directory_bytes > _MAX_DIRECTORY_BYTES:
+        raise Refusal(
+            ReasonCode.TOO_LARGE,
+            f"{name} is an archive of {n_members} files with a directory of {directory_bytes} bytes; at most "
+            f"{MAX_MEMBERS} files and {_MAX_DIRECTORY_BYTES} bytes are taken.",
+            remedy="Send one series alone.",
+        )
+
+
+def _study_instance_uid(
+    archive: zipfile.ZipFile, members: Sequence[zipfile.ZipInfo], probe: Path
+) -> str | None:
+    """From the first DICOM file among the first members; the study can be deleted by it later.
+
+    No more than a header's worth is unpacked. What cannot be told from it is for the job to judge.
+    """
+    for info in members[:_PROBED_MEMBERS]:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            continue  # LZMA's dictionary may ask for gigabytes of memory
+        with archive.open(info) as source:
+            start = source.read(132)
+            if start[128:] != b"DICM":
+                continue
+            probe.write_bytes(start + source.read(_PROBED_BYTES))
         try:
-            header = pydicom.dcmread(path, specific_tags=["StudyInstanceUID"], stop_before_pixels=True)
-            value = str(header.get("StudyInstanceUID", ""))
-        except Exception as error:  # the parser lets anything out for broken input
-            raise Refusal(
-                ReasonCode.UNREADABLE,
-                f"The first DICOM file of the archive cannot be read ({type(error).__name__}).",
-                remedy="Check that the archive holds complete DICOM files.",
-            ) from error
-    return value if _UID.fullmatch(value) else None
+            values = read_attributes(probe, ["StudyInstanceUID"])["StudyInstanceUID"]
+        except Refusal:
+            return None
+        finally:
+            probe.unlink()
+        return values[0] if len(values) == 1 and _UID.fullmatch(values[0]) else None
+    return None
+
+
+def _bad_archive(message: str) -> Refusal:
+    return Refusal(
+        ReasonCode.UNREADABLE, message, remedy="Send a plain .zip of the DICOM files of one series."
+    )

@@ -13,7 +13,6 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,9 +26,9 @@ from models.registry import Registry
 from service.records.database import Records
 from service.records.events import record_event
 from service.records.jobs import NewInput, NewJob, enqueue, input_key, retry_job
-from service.records.tables import Job, JobInput, JobOrigin, JobState, new_identifier
+from service.records.tables import JobInput, JobOrigin, JobState, new_identifier
 from service.spool import Spool, fsync_directory, fsync_file
-from service.upload_inputs import UploadedInput, take_inputs
+from service.upload_inputs import take_inputs
 
 _STEP_BYTES = 64 << 20  # what an upload of unknown length is promised at a time
 
@@ -116,6 +115,10 @@ class Upload:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it: give the rest of its promise back, and remove its folder unless it was kept."""
         if self._file is not None:
             self._file.close()
         if not self._kept:
@@ -185,7 +188,8 @@ def find_bundle(registry: Registry, model_name: str, version: str | None) -> Bun
     bundle = registry.get(model_name, version)
     if registry.is_withdrawn(model_name, version):
         raise ModelWithdrawnError(
-            f"Version {version} of {model_name!r} is withdrawn.", remedy="Leave the version out, or name another."
+            f"Version {version} of {model_name!r} is withdrawn.",
+            remedy="Leave the version out, or name another.",
         )
     return bundle
 
@@ -199,25 +203,27 @@ def submit(
     requested_version: str | None,
     key_id: str,
     actor: str,
-    maximum_bytes: int,
     now: datetime,
-) -> Job:
+) -> str:
     """Judge what was uploaded by what is cheap to see, and put a job for it into the queue.
 
     The same files, sent again with the same key for the same model and version, give the job that is there
     already; where it had failed it is queued again. Voxels are judged later, by the job.
 
+    Returns
+    -------
+    str
+        The job's identifier.
+
     Raises
     ------
     Refusal
         If the files are not what the model takes.
-    StorageFullError
-        If an archive does not fit on the disk unpacked.
     """
-    inputs, study_instance_uid = take_inputs(
-        [file.path for file in upload.files], bundle.manifest, spool, maximum_bytes=maximum_bytes
-    )
-    _make_durable(upload.folder, inputs)
+    paths, study_instance_uid = take_inputs([file.path for file in upload.files], bundle.manifest)
+    for path in paths:
+        fsync_file(path)
+    fsync_directory(upload.folder)
     # The job's version is bound when it starts. The active version is part of what makes two uploads the
     # same, so that the same image can be segmented anew after an activation.
     identity = f"{key_id}:{requested_version or ''}:{bundle.manifest.version}"
@@ -227,7 +233,7 @@ def submit(
             origin=JobOrigin.UPLOAD,
             model_name=bundle.manifest.name,
             input_key=key,
-            inputs=[NewInput(spool.relative(each.path), channel=each.channel) for each in inputs],
+            inputs=[NewInput(spool.relative(path), channel=i) for i, path in enumerate(paths)],
             requested_version=requested_version,
             study_instance_uid=study_instance_uid,
             owner_key_id=key_id,
@@ -241,18 +247,11 @@ def submit(
             actor=actor,
             at=now,
             subject=job.job_id,
-            detail={"files": len(upload.files), "inputs": len(inputs), "repeated": not is_new},
+            detail={"files": len(upload.files), "repeated": not is_new},
         )
     if is_new:
         upload.keep()
-    return job
-
-
-def _make_durable(folder: Path, inputs: Sequence[UploadedInput]) -> None:
-    for each in inputs:
-        fsync_file(each.path)
-    for parent in {folder, *(each.path.parent for each in inputs)}:
-        fsync_directory(parent)
+    return job.job_id
 
 
 def clear_abandoned(records: Records, spool: Spool) -> int:
@@ -275,5 +274,7 @@ def clear_abandoned(records: Records, spool: Spool) -> int:
 
 def _is_recorded(records: Records, relative: str) -> bool:
     with records.read() as session:
-        query = select(JobInput.job_id).where(JobInput.path.startswith(f"{relative}/", autoescape=True)).limit(1)
+        query = (
+            select(JobInput.job_id).where(JobInput.path.startswith(f"{relative}/", autoescape=True)).limit(1)
+        )
         return session.scalar(query) is not None

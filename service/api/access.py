@@ -14,8 +14,8 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
-from service.api.node import NodeDep
 from service.api.problem import ProblemError
+from service.api.state import State
 from service.errors import NotFoundError
 from service.keys import authenticate
 from service.records.tables import Job, Role
@@ -68,12 +68,12 @@ class Caller:
         return _RANK[self.role] >= _RANK[role]
 
 
-def identify(node: NodeDep, credentials: Credentials) -> Caller:
+def identify(state: State, credentials: Credentials) -> Caller:
     """Who calls. Raises ProblemError 401 for no key, or one that is unknown, revoked or expired."""
     key = None
     if credentials is not None:
-        with node.records.read() as session:
-            key = authenticate(session, credentials.credentials, node.clock())
+        with state.records.read() as session:
+            key = authenticate(session, credentials.credentials, state.clock())
     if key is None:
         raise ProblemError(
             HTTPStatus.UNAUTHORIZED,
@@ -117,5 +117,7 @@ def visible_job(session: Session, caller: Caller, job_id: str) -> Job:
     """
     job = session.get(Job, job_id)
     if job is None or not (caller.has(Role.OPERATOR) or job.owner_key_id == caller.key_id):
-        raise NotFoundError(f"There is no job {job_id}.", remedy="Check the identifier, and with which key it was made.")
+        raise NotFoundError(
+            f"There is no job {job_id}.", remedy="Check the identifier, and with which key it was made."
+        )
     return job

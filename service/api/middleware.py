@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import traceback
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problem import ProblemError, problem_response, unexpected_problem
+from service.logs import get_logger
 from service.settings import HttpSettings
 
 SMALL_BODY_BYTES = 64 << 10
@@ -26,13 +25,13 @@ _SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
-_log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Boundary:
-    """Nothing that goes wrong inside leaves as anything but a problem, and no traceback's values are logged.
+    """Nothing that goes wrong inside leaves as anything but a problem, nor reaches the server's own log.
 
-    An exception's message can hold a value of a row or of a file, so the log gets its type and its place.
+    An exception's text can hold a value of a row or of a file; the product's log keeps it out.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -52,11 +51,9 @@ class Boundary:
         try:
             await self._app(scope, receive, watch)
         except ClientDisconnect:
-            _log.info("the client went away during its request")
-        except Exception as error:  # noqa: BLE001
-            frames = traceback.extract_tb(error.__traceback__)
-            place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"
-            _log.error("unexpected %s at %s", type(error).__name__, place)  # noqa: TRY400
+            log.info("http.client_gone")
+        except Exception as error:
+            log.error("http.unexpected", exc_info=error)
             if not started:
                 await problem_response(unexpected_problem())(scope, receive, send)
 

@@ -149,6 +149,24 @@ async def receive_form(
     return form.fields
 
 
+def declared_length(request: Request) -> int | None:
+    """What the request says its body's size is; None where it does not say."""
+    length = request.headers.get("content-length")
+    return None if length is None else int(length)
+
+
+def require_json(request: Request) -> None:
+    """Raises ProblemError 415 for a body that does not say that it is JSON."""
+    media_type, _ = parse_options_header(request.headers.get("content-type"))
+    if media_type != b"application/json":
+        raise ProblemError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "UNSUPPORTED_MEDIA_TYPE",
+            "This path takes application/json only.",
+            remedy="Send JSON, and say so in Content-Type.",
+        )
+
+
 def _take(form: _Form) -> None:
     for step in form.steps:
         step()

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import Path, Query
-from sqlalchemy import ColumnElement, Select, tuple_
+from sqlalchemy import Select, SQLColumnExpression, tuple_
 from sqlalchemy.orm import Session
 
 from service.api.problem import ProblemError
@@ -16,6 +16,9 @@ Identifier = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$", examples=["0f8fad5bd
 AfterIdentifier = Annotated[
     str | None, Query(pattern=r"^[0-9a-f]{32}$", description="`next` of the page before.")
 ]
+StudyUidAfter = Annotated[
+    str | None, Query(pattern=r"^[0-9.]{1,64}$", description="`next` of the page before.")
+]
 StudyUid = Annotated[str, Path(pattern=r"^[0-9.]{1,64}$", examples=["1.2.826.0.1.3680043.8.498.1"])]
 
 
@@ -23,8 +26,8 @@ def page(
     session: Session,
     query: Select[Any],
     *,
-    time: ColumnElement[Any],
-    key: ColumnElement[Any],
+    time: SQLColumnExpression[Any],
+    key: SQLColumnExpression[Any],
     after: str | None,
     limit: int,
 ) -> list[Any]:

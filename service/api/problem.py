@@ -6,7 +6,6 @@ a patient.
 
 from __future__ import annotations
 
-import logging
 from http import HTTPStatus
 from typing import Any
 
@@ -31,12 +30,13 @@ from models.errors import (
     UnsupportedModelError,
 )
 from service.errors import ConflictError, NotFoundError, StorageFullError
+from service.logs import get_logger
 from service.uploads import UploadTooLargeError
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 60
 
-_log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 # The nearest class of an error's own line of classes decides.
 _STATUS: dict[type[SegnodeError], HTTPStatus] = {
@@ -75,7 +75,7 @@ class Problem(BaseModel):
                     "title": "Unprocessable Content",
                     "status": 422,
                     "code": "NOT_A_VOLUME",
-                    "detail": "File 1 of 1 has the shape 64 x 64 x 30 x 120; one volume has three dimensions.",
+                    "detail": "File 1 of 1 has the shape 64 x 64 x 9 x 120; one volume has three dimensions.",
                     "remedy": "Send one 3D file for each channel.",
                     "retryable": False,
                 }
@@ -177,7 +177,7 @@ def _product_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SegnodeError)
     problem = problem_of(error)
     if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("request failed: %s", problem.code)
+        log.error("http.failed", exc_info=error)
     return problem_response(problem)
 
 
@@ -218,8 +218,7 @@ def _invalid_request(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _database_unavailable(_request: Request, error: Exception) -> JSONResponse:
-    # The message of a database error can hold the values of the row, so its type alone is logged.
-    _log.error("the records are not available: %s", type(error).__name__)
+    log.error("http.records_unavailable", exc_info=error)
     status = HTTPStatus.SERVICE_UNAVAILABLE
     problem = Problem(
         title=status.phrase,

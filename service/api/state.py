@@ -18,7 +18,7 @@ from service.uploads import UploadDesk
 
 
 @dataclass(frozen=True)
-class Node:
+class ApiState:
     """The parts of the node that the HTTP interface is a face of."""
 
     settings: Settings
@@ -30,11 +30,11 @@ class Node:
     adding_model: asyncio.Lock = field(default_factory=asyncio.Lock)  # golden cases one at a time
 
 
-def get_node(request: Request) -> Node:
-    """The node behind this application."""
-    node = request.app.state.node
-    assert isinstance(node, Node)
-    return node
+def get_state(request: Request) -> ApiState:
+    """What the application was made with."""
+    state = request.app.state.api
+    assert isinstance(state, ApiState)
+    return state
 
 
-NodeDep = Annotated[Node, Depends(get_node)]
+State = Annotated[ApiState, Depends(get_state)]
