@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import stat
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -176,8 +175,8 @@ def fsync_files(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that, whatever dies, it holds the old bytes or the new ones, whole."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    """Write a file so that, whatever dies, it holds the old bytes or the new ones. One writer at a time."""
+    unfinished = path.with_name(f".{path.name}.new")
     try:
         with open(unfinished, "wb") as file:
             file.write(data)

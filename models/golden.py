@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from models.errors import GoldenCaseError, Refusal
+from models.errors import GoldenCaseError, Refusal, RuntimeUnavailableError
 from models.manifest import Label, Precision
 from models.nifti import read_labelmap, read_nifti
 from models.runtimes import available_runtimes
@@ -48,6 +48,8 @@ def check_golden_case(
         different grids, holds values that are no labels, or no label at all.
     RuntimeUnavailableError
         If the runtime is not installed or does not start.
+    UnsupportedModelError
+        If the bundle has no weights of this precision, or the runtime cannot run its network.
     """
     precision = precision or bundle.manifest.precision
     volume, expected = _read_golden_case(bundle)
@@ -81,10 +83,14 @@ def check_golden_case_everywhere(
 
     Raises
     ------
-    GoldenCaseError, RuntimeUnavailableError
+    GoldenCaseError, RuntimeUnavailableError, UnsupportedModelError
         As :func:`check_golden_case` does.
     """
     in_use = tuple(available_runtimes() if runtimes is None else runtimes)
+    if not in_use:
+        raise RuntimeUnavailableError(
+            "There is no runtime here to check the golden case on.", remedy="Install openvino or onnxruntime."
+        )
     dice = {}
     for precision in sorted({weights.precision for weights in bundle.manifest.weights}):
         lower = precision is not Precision.FLOAT32

@@ -14,7 +14,8 @@ Variants, all by arguments of :func:`make_threshold_bundle`:
 - changed labels (a swap that needs confirmation): other ``labels``
 - two channels: ``channels=2``; the intensity is then the first channel minus the second
 - slow (to kill a job under way): ``slow_convolutions=20`` or more
-- a golden case that is wrong: ``golden="wrong"``
+- a golden case that is wrong: ``golden="wrong"``; that proves nothing: ``golden="empty"``; with a value that
+  is no label: ``golden="unknown"``; on two grids: ``golden="shifted"``
 - a sigmoid head with nested regions, same labelmaps: ``head="sigmoid"``
 - int8 weights as well (exact: only the weights are quantized): ``int8=True``
 - several folds: ``folds=2``
@@ -102,12 +103,18 @@ def make_threshold_bundle(
 
     images = golden_images(channels, thresholds)
     labelmap = expected_labels(images, thresholds)
+    assert golden in ("right", "wrong", "empty", "unknown", "shifted")
     if golden == "wrong":
         labelmap = np.roll(labelmap, 3, axis=0)
+    elif golden == "empty":
+        labelmap[...] = 0
+    elif golden == "unknown":
+        labelmap[-1, -1, -1] = len(labels) + 1
     image_names = [f"image_{i:04d}.nii.gz" for i in range(channels)]
     for image_name, image in zip(image_names, images, strict=True):
         write_nifti_ras(folder / "golden" / image_name, image, spacing_mm)
-    write_nifti_ras(folder / "golden" / "labelmap.nii.gz", labelmap, spacing_mm)
+    origin_mm = 0.5 if golden == "shifted" else 0.0
+    write_nifti_ras(folder / "golden" / "labelmap.nii.gz", labelmap, spacing_mm, origin_mm=origin_mm)
 
     resampling = {"order": 1, "order_z": 0}
     manifest = Manifest.model_validate(
@@ -189,9 +196,11 @@ def threshold_network(
         )
     else:
         initializers.append(numpy_helper.from_array(kernel, "kernel"))
-    nodes.append(helper.make_node("Conv", ["image", "kernel", "bias"], ["scores"], name="scores"))
-    nodes += _slow_branch(slow_convolutions, channels, initializers)
-    nodes.append(helper.make_node("Add", ["scores", "nothing"], ["logits"], name="logits"))
+    scores = "scores" if slow_convolutions else "logits"
+    nodes.append(helper.make_node("Conv", ["image", "kernel", "bias"], [scores], name="scores"))
+    if slow_convolutions:
+        nodes += _slow_branch(slow_convolutions, channels, initializers)
+        nodes.append(helper.make_node("Add", ["scores", "nothing"], ["logits"], name="logits"))
 
     n_outputs = len(gains)
     graph = helper.make_graph(
@@ -211,9 +220,6 @@ def _slow_branch(n_convolutions: int, channels: int, initializers: list[TensorPr
 
     After a Relu everything is >= 0; times negative weights it is <= 0; after another Relu it is 0.
     """
-    if n_convolutions == 0:
-        initializers.append(numpy_helper.from_array(np.zeros((1, 1, 1, 1, 1), np.float32), "nothing"))
-        return []
     width = 16
     random = np.random.default_rng(0)
     nodes = []
@@ -252,9 +258,13 @@ def golden_images(channels: int, thresholds: Sequence[float]) -> NDArray[np.floa
     return images
 
 
-def write_nifti_ras(path: Path, array: NDArray, spacing_zyx_mm: Sequence[float]) -> None:
+def write_nifti_ras(
+    path: Path, array: NDArray, spacing_zyx_mm: Sequence[float], *, origin_mm: float = 0.0
+) -> None:
     """Write a (Z, Y, X) array as NIfTI whose voxel axes x, y, z grow towards R, A, S; deterministic."""
-    image = nibabel.Nifti1Image(array.transpose(2, 1, 0), np.diag([*spacing_zyx_mm[::-1], 1.0]))
-    image.set_sform(image.affine, code=1)
-    image.set_qform(image.affine, code=1)
+    affine = np.diag([*spacing_zyx_mm[::-1], 1.0])
+    affine[:3, 3] = origin_mm
+    image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
     path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
