@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,6 +155,15 @@ def copy_files(source: Path, into: Path) -> None:
     (into / GOLDEN).mkdir(parents=True)
     for name in names:
         (into / name).write_bytes(read_file(source, name, allow_hard_links=True))
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove everything that is in a folder, links themselves and not what they lead to."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def fsync_folder(folder: Path) -> None:

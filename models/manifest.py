@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from models.volume import is_axis_code
 
@@ -21,6 +21,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")]
 SemanticVersion = Annotated[
     str, Field(pattern=r"^(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})(-[0-9A-Za-z.-]{1,32})?$")
 ]
+"""A version such as ``1.10.0`` or ``1.10.0-rc.1`` (Semantic Versioning 2.0.0, without build metadata)."""
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Triple = tuple[int, int, int]
@@ -270,3 +272,33 @@ class Manifest(_Model):
         if self.inference.head is Head.SIGMOID:
             return len(self.inference.regions_class_order)
         return len(self.labels) + 1
+
+
+def is_name(value: str) -> bool:
+    """True for what may be a model's name; anything else must not become part of a path or a URL.
+
+    >>> is_name("hippocampus-t1"), is_name("../etc"), is_name("Hippocampus")
+    (True, False, False)
+    """
+    return _fits(_NAME, value)
+
+
+def is_version(value: str) -> bool:
+    """True for what may be a model's version; anything else must not become part of a path or a URL.
+
+    >>> is_version("1.10.0-rc.1"), is_version("1.10"), is_version("1.10.0/..")
+    (True, False, False)
+    """
+    return _fits(_VERSION, value)
+
+
+_NAME = TypeAdapter[str](Name)
+_VERSION = TypeAdapter[str](SemanticVersion)
+
+
+def _fits(kind: TypeAdapter[str], value: str) -> bool:
+    try:
+        kind.validate_python(value)
+    except ValidationError:
+        return False
+    return True

@@ -15,7 +15,6 @@ Several processes may use one registry: changes are made under file locks, and r
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import TypeAdapter, ValidationError
 
 from models.bundle import Bundle, parse_manifest, unpack_zip
 from models.bundle_cache import BundleCache
@@ -32,6 +30,7 @@ from models.bundle_files import (
     MAX_BUNDLE_BYTES,
     SIGNATURE,
     copy_files,
+    empty_folder,
     fsync_files,
     fsync_folder,
     read_file,
@@ -46,15 +45,13 @@ from models.errors import (
     SignatureError,
 )
 from models.golden import check_golden_case_everywhere
-from models.manifest import Manifest, Name, SemanticVersion
+from models.manifest import Manifest, is_name, is_version
 from models.registry_state import ModelState, file_lock, load_state, save_state
 
 CHANGE_TIMEOUT_S = 60.0
 ADD_TIMEOUT_S = 900.0
 
 _INCOMING = ".incoming"
-_NAME = TypeAdapter[str](Name)
-_VERSION = TypeAdapter[str](SemanticVersion)
 
 
 class Registry:
@@ -87,12 +84,12 @@ class Registry:
         if not self.root.is_dir():
             return []
         return sorted(
-            entry.name for entry in self.root.iterdir() if _is_name(entry.name) and self.versions(entry.name)
+            entry.name for entry in self.root.iterdir() if is_name(entry.name) and self.versions(entry.name)
         )
 
     def versions(self, name: str) -> list[str]:
         """Every installed version of a model, withdrawn ones too, by precedence; empty if unknown."""
-        return sorted(self._state(name).installed, key=version_key) if _is_name(name) else []
+        return sorted(self._state(name).installed, key=version_key) if is_name(name) else []
 
     def get(self, name: str, version: str) -> Bundle:
         """An installed version, verified.
@@ -143,7 +140,7 @@ class Registry:
 
     def active_version(self, name: str) -> str | None:
         """The active version, even where it is withdrawn; None where there is none."""
-        return self._state(name).active if _is_name(name) else None
+        return self._state(name).active if is_name(name) else None
 
     def active(self, name: str) -> Bundle:
         """The active version, verified as :meth:`get` does.
@@ -170,7 +167,7 @@ class Registry:
 
     def is_withdrawn(self, name: str, version: str) -> bool:
         """True for a version that was withdrawn: it starts no job and cannot be activated."""
-        return _is_name(name) and version in self._state(name).withdrawn
+        return is_name(name) and version in self._state(name).withdrawn
 
     def add(self, source: Path, *, check_golden: bool = True) -> Bundle:
         """Install a bundle, without activating it.
@@ -217,7 +214,7 @@ class Registry:
         RegistryError, BundleError
             As :meth:`verify` does; the golden case is run unless it was when the bundle was added.
         """
-        checked = version in self._state(name).golden_checked if _is_name(name) else False
+        checked = version in self._state(name).golden_checked if is_name(name) else False
         bundle = self.verify(name, version, check_golden=not checked)
         with self._changing():
             state = self._state(name)
@@ -241,7 +238,7 @@ class Registry:
             If there is nothing to go back to, or it is no longer what was installed.
         """
         with self._changing():
-            state = self._state(name).rolled_back() if _is_name(name) else None
+            state = self._state(name).rolled_back() if is_name(name) else None
             if state is None or state.active is None:
                 raise RegistryError(
                     f"The model {name[:64]!r} has no earlier active version to go back to.",
@@ -297,7 +294,7 @@ class Registry:
 
     def _folder(self, name: str, version: str) -> Path:
         """Where a version lies; name and version may come from outside and must not lead elsewhere."""
-        if not _is_name(name) or not _is_version(version):
+        if not is_name(name) or not is_version(version):
             raise ModelUnknownError(
                 f"There is no version {version[:64]!r} of the model {name[:64]!r} here.",
                 remedy=f"Models here: {', '.join(self.names()) or 'none'}.",
@@ -315,11 +312,11 @@ class Registry:
     def _incoming_folder(self) -> Iterator[Path]:
         """A name for a new folder in ``.incoming``. The caller holds the lock for adding."""
         incoming = self.root / _INCOMING
-        _empty(incoming)
+        empty_folder(incoming)
         try:
             yield incoming / uuid.uuid4().hex
         finally:
-            _empty(incoming)
+            empty_folder(incoming)
 
     def _install(self, bundle: Bundle, *, golden_checked: bool) -> Bundle:
         """Rename a verified folder from ``.incoming`` into place, and write it into ``active.json``."""
@@ -375,22 +372,6 @@ def shipped_bundles() -> list[Path]:
     )
 
 
-def _is_name(name: str) -> bool:
-    return _fits(_NAME, name)
-
-
-def _is_version(version: str) -> bool:
-    return _fits(_VERSION, version)
-
-
-def _fits(adapter: TypeAdapter[str], value: str) -> bool:
-    try:
-        adapter.validate_python(value)
-    except ValidationError:
-        return False
-    return True
-
-
 def _signature(folder: Path) -> bytes:
     return read_file(folder, SIGNATURE) if (folder / SIGNATURE).exists() else b""
 
@@ -400,12 +381,3 @@ def _altered(name: str, version: str, what: str) -> RegistryError:
         f"Version {version} of {name!r} is no longer what was installed: {what}",
         remedy="Find out who changed it; adding the same bundle again repairs it.",
     )
-
-
-def _empty(folder: Path) -> None:
-    """Remove everything in a folder."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
