@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real test data here: set SEGNODE_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def require_tool() -> Callable[[str], Path]:
+    """Find a program of the machine. Where it is absent the test skips, or fails if CI=1 is set."""
+
+    def find(name: str) -> Path:
+        found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin")
+        if found is None:
+            message = f"{name} is not installed on this machine"
+            if os.environ.get("CI") == "1":
+                pytest.fail(message)
+            pytest.skip(message)
+        return Path(found)
+
+    return find

@@ -51,6 +51,22 @@ def claim_delivery(session: Session, *, owner: str, lease_s: float, now: datetim
             return session.get(Delivery, candidate.delivery_id, populate_existing=True)
 
 
+def extend_delivery_lease(session: Session, delivery_id: str, attempt: int, *, until: datetime) -> None:
+    """Hold a claimed delivery longer: a large object on a slow line takes its time. Raises LostClaimError."""
+    changed = change(
+        session,
+        update(Delivery)
+        .where(
+            Delivery.delivery_id == delivery_id,
+            Delivery.attempt == attempt,
+            Delivery.state == DeliveryState.PENDING,
+        )
+        .values(lease_expires_at=until),
+    )
+    if not changed:
+        raise LostClaimError(f"Delivery {delivery_id} is no longer held by attempt {attempt}.")
+
+
 def _report(session: Session, delivery_id: str, attempt: int, **values: Any) -> None:
     changed = change(
         session,
