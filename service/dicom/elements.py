@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from pydicom.charset import convert_encodings, decode_bytes
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
 
 _CHARACTER_SET = "SpecificCharacterSet"
 _PN_DELIMITERS = {0x5E, 0x3D, 0x5C}  # ^ = \ set the character set back (PS3.5 section 6.1.2.5.3)
+_BYTES_OF = {"US": 2, "SS": 2, "UL": 4, "SL": 4}
 _TEXT_DELIMITERS = {0x0D, 0x0A, 0x09, 0x0C}
 
 PARSE_ERRORS = (
@@ -89,7 +90,7 @@ def decimal(dataset: Dataset, keyword: str) -> float | None:
 
 
 def integer(dataset: Dataset, keyword: str) -> int | None:
-    """The first value of an IS or US element; None where absent or not a whole number."""
+    """The first value of an IS, US, SS, UL or SL element; None where absent or not a whole number."""
     tag = tag_for_keyword(keyword)
     assert tag is not None, keyword
     if tag not in dataset:
@@ -98,31 +99,18 @@ def integer(dataset: Dataset, keyword: str) -> int | None:
     value = element.value
     if isinstance(value, int):
         return int(value)
-    if isinstance(value, bytes) and keyword in _BINARY_INTEGERS and element.VR in ("US", "SS", "UN", None):
-        if len(value) < 2:
+    vr = dictionary_VR(tag) if element.VR in (None, "UN") else element.VR
+    if isinstance(value, bytes) and vr in _BYTES_OF:
+        first = value[: _BYTES_OF[vr]]
+        if len(first) < _BYTES_OF[vr]:
             return None
-        return int.from_bytes(value[:2], "little" if element.is_little_endian else "big")
+        return int.from_bytes(first, "little" if element.is_little_endian else "big", signed=vr[0] == "S")
     text = string(dataset, keyword)
     try:
         number = float(text or "")
     except ValueError:
         return None
     return int(number) if math.isfinite(number) and number == int(number) else None
-
-
-_BINARY_INTEGERS = frozenset(
-    {
-        "Rows",
-        "Columns",
-        "SamplesPerPixel",
-        "BitsAllocated",
-        "BitsStored",
-        "HighBit",
-        "PixelRepresentation",
-        "TemporalPositionIndex",
-        "TemporalPositionTimeIndex",
-    }
-)
 
 
 def text(dataset: Dataset, keyword: str) -> tuple[str, bool]:

@@ -36,6 +36,7 @@ class Frame:
     row: Vector
     column: Vector
     pixel_spacing_mm: Vector
+    slice_thickness_mm: float | None
     slope: float
     intercept: float
     shared: Dataset | None
@@ -152,6 +153,7 @@ def _frame(instance: Instance, number: int, shared: Dataset | None, own: Dataset
         return tuple(values)
 
     orientation = find("PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    measures = _group(shared, own, "PixelMeasuresSequence")
     slope, intercept = _rescale(instance, shared, own)
     return Frame(
         instance=instance,
@@ -160,11 +162,17 @@ def _frame(instance: Instance, number: int, shared: Dataset | None, own: Dataset
         row=orientation[:3],
         column=orientation[3:],
         pixel_spacing_mm=find("PixelMeasuresSequence", "PixelSpacing", 2),
+        slice_thickness_mm=_slice_thickness(header if own is None else measures),
         slope=slope,
         intercept=intercept,
         shared=shared,
         own=own,
     )
+
+
+def _slice_thickness(source: Dataset | None) -> float | None:
+    value = decimal(source, "SliceThickness") if source is not None else None
+    return value if value is not None and value > 0 else None
 
 
 def _rescale(instance: Instance, shared: Dataset | None, own: Dataset | None) -> tuple[float, float]:

@@ -38,7 +38,7 @@ from pydicom.uid import (
 
 from models.errors import ReasonCode, Refusal
 from service.dicom.codestreams import jpeg2000_frame_header, jpeg_frame_header
-from service.dicom.elements import PARSE_ERRORS, integer, quiet, raw, string
+from service.dicom.elements import PARSE_ERRORS, decimal, integer, quiet, raw, string
 from service.dicom.instances import Instance
 
 _NATIVE = frozenset(
@@ -60,6 +60,12 @@ _JPEG = frozenset({JPEGBaseline8Bit, *_BY_GDCM, JPEGLSLossless, JPEGLSNearLossle
 _JPEG2000 = frozenset({JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K})
 _ALWAYS_LOSSY = frozenset({JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless})
 _MAYBE_LOSSY = frozenset({JPEG2000, HTJ2K})
+
+_METHOD = {
+    JPEGLSNearLossless: "ISO_14495_1",
+    JPEG2000: "ISO_15444_1",
+    HTJ2K: "ISO_15444_15",
+}
 
 _RESEND = "Send the study again; if it fails once more, the images are damaged at their source."
 
@@ -127,6 +133,23 @@ def is_lossy(instance: Instance) -> bool:
     said = string(instance.header, "LossyImageCompression")
     syntax = instance.transfer_syntax
     return said == "01" or syntax in _ALWAYS_LOSSY or (syntax in _MAYBE_LOSSY and said != "00")
+
+
+def lossy_method(instance: Instance) -> str:
+    """Lossy Image Compression Method: as stated, or of the transfer syntax."""
+    return string(instance.header, "LossyImageCompressionMethod") or _METHOD.get(
+        UID(instance.transfer_syntax), "ISO_10918_1"
+    )
+
+
+def lossy_ratio(instance: Instance, form: PixelFormat) -> str:
+    """Lossy Image Compression Ratio: as stated, or the pixels' size over the file's; at least 1."""
+    stated = decimal(instance.header, "LossyImageCompressionRatio")
+    if stated is None:
+        count = integer(instance.header, "NumberOfFrames") or 1
+        size = form.rows * form.columns * form.bits_allocated // 8 * count
+        stated = size / max(instance.path.stat().st_size, 1)
+    return f"{max(stated, 1.0):.4g}"
 
 
 def stored_frames(instance: Instance, form: PixelFormat, count: int) -> Iterator[tuple[NDArray[Any], bool]]:
@@ -251,8 +274,8 @@ def _check_codestream(stream: bytes, instance: Instance, form: PixelFormat) -> N
     if (header.rows, header.columns, header.components) != (form.rows, form.columns, 1):
         raise _damaged(
             instance,
-            f"a compressed frame has {header.rows} x {header.columns} pixels, {header.components} components, "
-            f"not {form.rows} x {form.columns} and 1",
+            f"a compressed frame has {header.rows} x {header.columns} pixels of {header.components} samples, "
+            f"not {form.rows} x {form.columns} of 1",
         )
     if not 2 <= header.precision <= form.bits_allocated:
         raise _damaged(

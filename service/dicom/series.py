@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from models.errors import ReasonCode, Refusal
-from models.volume import Volume
+from models.volume import Volume, spacing_xyz_mm
 from service.dicom.elements import string, strings
 from service.dicom.frames import Frame, frames_of, has_plane
 from service.dicom.geometry import GeometryPolicy, Grid, regular_grid
 from service.dicom.identity import Identity, common_identity
 from service.dicom.instances import Instance, read_instance
-from service.dicom.pixels import PixelFormat, is_lossy, stored_frames
+from service.dicom.pixels import PixelFormat, is_lossy, lossy_method, lossy_ratio, stored_frames
 
 __all__ = ["GeometryPolicy", "SourceSeries", "read_series"]
 
@@ -65,8 +65,16 @@ class SourceSeries:
         For every slice the index into ``headers`` and the frame number, counted from 1.
     positions_mm : (Z, 3) array
         Image Position (Patient) of every slice, as its header states it.
+    orientation : tuple of 6 float
+        Image Orientation (Patient) as the first slice states it: direction cosines of the rows (along
+        increasing column index), then of the columns.
+    pixel_spacing_mm : tuple of 2 float
+        Pixel Spacing as the first slice states it: between rows, between columns.
+    slice_thickness_mm : float or None
+        Slice Thickness as stated; it says nothing about the distance between slices.
     lossy : bool
-        True where any image was compressed with loss.
+        True where any image was compressed with loss; then ``lossy_ratio`` (DS) and ``lossy_method`` (CS,
+        PS3.3 C.7.6.1.1.5) tell how.
     warnings : tuple of str
         What was passed over or set right; no sentence holds patient data.
     """
@@ -80,8 +88,18 @@ class SourceSeries:
     sop_instance_uids: tuple[str, ...] = field(repr=False)
     modality: str
     frame_of_reference_uid: str | None
+    orientation: tuple[float, ...]
+    pixel_spacing_mm: tuple[float, ...]
+    slice_thickness_mm: float | None
     lossy: bool
+    lossy_ratio: str = ""
+    lossy_method: str = ""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def slice_spacing_mm(self) -> float:
+        """Distance between neighbouring slices, between their positions."""
+        return spacing_xyz_mm(self.volume.affine)[2]
 
     @property
     def study_instance_uid(self) -> str:
@@ -129,7 +147,7 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
     if voxels > policy.limit_voxels:
         raise Refusal(
             ReasonCode.TOO_LARGE,
-            f"The series claims {voxels / 1e6:.0f} of {policy.limit_voxels / 1e6:.0f} million voxels allowed.",
+            f"The series claims {voxels / 1e6:.0f} of {policy.limit_voxels / 1e6:.0f} Mvoxels allowed.",
             remedy="Raise the limit if images of this size are expected.",
         )
     shapes = [(forms[f.instance].rows, forms[f.instance].columns) for f in frames]
@@ -137,6 +155,7 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
     array = _decode(grid, forms, warnings)
 
     ordered = tuple(dict.fromkeys(frame.instance for frame in grid.frames))
+    lossy = [instance for instance in ordered if is_lossy(instance)]
     index = {instance: i for i, instance in enumerate(ordered)}
     return SourceSeries(
         volume=Volume(array[None], grid.affine, frame_of_reference_uid),
@@ -148,7 +167,12 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
         sop_instance_uids=tuple(instance.sop_instance_uid for instance in ordered),
         modality=string(ordered[0].header, "Modality") or "",
         frame_of_reference_uid=frame_of_reference_uid,
-        lossy=any(is_lossy(instance) for instance in ordered),
+        orientation=grid.frames[0].row + grid.frames[0].column,
+        pixel_spacing_mm=grid.frames[0].pixel_spacing_mm,
+        slice_thickness_mm=grid.frames[0].slice_thickness_mm,
+        lossy=bool(lossy),
+        lossy_ratio=lossy_ratio(lossy[0], forms[lossy[0]]) if lossy else "",
+        lossy_method=lossy_method(lossy[0]) if lossy else "",
         warnings=tuple(warnings),
     )
 
