@@ -134,9 +134,9 @@ def prepare_dataset(
     references = dataset / "gt_segmentations"
     for folder in (arrays, references):
         folder.mkdir(parents=True, exist_ok=True)
-    _write_json(dataset / f"{manager.plans_name}.json", plans)
-    _write_json(dataset / "dataset.json", dataset_json)
-    _write_json(dataset / "splits_final.json", [split])
+    write_json(dataset / f"{manager.plans_name}.json", plans)
+    write_json(dataset / "dataset.json", dataset_json)
+    write_json(dataset / "splits_final.json", [split])
     shutil.copyfile(fingerprint, dataset / "dataset_fingerprint.json")
 
     preprocessor = settings.preprocessor_class(verbose=False)
@@ -168,5 +168,5 @@ def read_split(path: Path, train: str = "train", val: str = "choose") -> Split:
         ) from error
 
 
-def _write_json(path: Path, content: dict[str, Any] | Sequence[Any]) -> None:
+def write_json(path: Path, content: dict[str, Any] | Sequence[Any]) -> None:
     path.write_text(json.dumps(content, indent=4) + "\n")

@@ -1,0 +1,101 @@
+"""What a run needs to go on after any stop, and the nnU-Net checkpoint that it ends with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.ema import MovingAverage
+from training.errors import RecipeError
+from training.lesson import Lesson
+
+STATE_FILE = "run_state.pth"
+
+
+@dataclass
+class RunState:
+    """Everything of a run that changes: it is saved after every epoch and loaded before the first."""
+
+    lesson: Lesson
+    average: MovingAverage
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0
+    best_dice: float = -1.0
+    best_epoch: int = -1
+
+    def save(self, folder: Path, recipe_digest: str) -> None:
+        """Write the state so that a kill at any moment leaves the old one or the new one."""
+        save_atomically(
+            {
+                "recipe_digest": recipe_digest,
+                "lesson": self.lesson.state_dict(),
+                "average": self.average.network.state_dict(),
+                "average_steps": self.average.steps,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "epoch": self.epoch,
+                "best_dice": self.best_dice,
+                "best_epoch": self.best_epoch,
+            },
+            folder / STATE_FILE,
+        )
+
+    def load(self, folder: Path, recipe_digest: str, device: torch.device) -> bool:
+        """Go on from a saved state; False if there is none.
+
+        Raises
+        ------
+        RecipeError
+            If the state was written by another recipe.
+        """
+        path = folder / STATE_FILE
+        if not path.is_file():
+            return False
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        if state["recipe_digest"] != recipe_digest:
+            raise RecipeError(
+                f"The run in {folder} was begun with another recipe.",
+                remedy="Choose another output folder, or go back to the recipe that it was begun with.",
+            )
+        self.lesson.load_state_dict(state["lesson"])
+        self.average.network.load_state_dict(state["average"])
+        self.average.steps = state["average_steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.best_dice = state["epoch"], state["best_dice"]
+        self.best_epoch = state["best_epoch"]
+        return True
+
+
+def nnunet_checkpoint(
+    network: nn.Module, init_args: dict[str, Any], mirror_axes: tuple[int, ...], epoch: int
+) -> dict[str, Any]:
+    """A checkpoint that stock nnU-Net predicts with: the student alone, no projections, no optimiser."""
+    weights: dict[str, Tensor] = {k: v.detach().cpu() for k, v in network.state_dict().items()}
+    return {
+        "network_weights": weights,
+        "optimizer_state": None,
+        "grad_scaler_state": None,
+        "logging": None,
+        "_best_ema": None,
+        "current_epoch": epoch,
+        "init_args": init_args,
+        "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": mirror_axes or None,
+    }
+
+
+def save_atomically(content: dict[str, Any], path: Path) -> None:
+    """torch.save to a file beside, flushed to the disk, then renamed over ``path``."""
+    beside = path.with_suffix(path.suffix + ".part")
+    with beside.open("wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(path)
