@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
 
 from training.checkpoint import Checkpoint, load_checkpoint
@@ -26,6 +24,7 @@ from training.plans import (
     resolve_configuration,
 )
 from training.student import build_network
+from training.trainers import check_builds_planned_network
 
 CHECKPOINTS = ("final", "best", "latest")
 
@@ -121,7 +120,8 @@ class ResultsFolder:
         )
         for one in checkpoints:
             opened._check_agrees(one)
-        _check_trainer(checkpoints)
+        for name in sorted({c.trainer_name for c in checkpoints}):
+            check_builds_planned_network(name)
         for index in range(len(checkpoints)):
             opened.network(index)
         return opened
@@ -219,23 +219,6 @@ def _available_folds(folder: Path, checkpoint: str) -> list[str]:
         f"No fold has a checkpoint_{checkpoint}.pth.",
         remedy="Give the folder that holds plans.json and the fold folders, of a training that has finished.",
     )
-
-
-def _check_trainer(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse a trainer that builds a network of its own: the plans would not describe it."""
-    for name in sorted({c.trainer_name for c in checkpoints} - {nnUNetTrainer.__name__}):
-        try:
-            trainer = recursive_find_trainer_class_by_name(name)
-        except (RuntimeError, ImportError, AssertionError) as error:
-            raise ResultsFolderError(
-                f"The trainer {name!r} is not found, so nobody knows what network it builds.",
-                remedy="Set nnUNet_extTrainer to the folder that holds it.",
-            ) from error
-        if trainer.build_network_architecture is not nnUNetTrainer.build_network_architecture:
-            raise ResultsFolderError(
-                f"The trainer {name!r} builds a network of its own, which the plans do not describe.",
-                remedy="Train with nnUNetTrainer, or with a trainer that leaves the network as planned.",
-            )
 
 
 def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
