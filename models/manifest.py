@@ -274,31 +274,17 @@ class Manifest(_Model):
         return len(self.labels) + 1
 
 
+_NAME = TypeAdapter[str](Name)
+
+
 def is_name(value: str) -> bool:
     """True for what may be a model's name; anything else must not become part of a path or a URL.
 
     >>> is_name("hippocampus-t1"), is_name("../etc"), is_name("Hippocampus")
     (True, False, False)
     """
-    return _fits(_NAME, value)
-
-
-def is_version(value: str) -> bool:
-    """True for what may be a model's version; anything else must not become part of a path or a URL.
-
-    >>> is_version("1.10.0-rc.1"), is_version("1.10"), is_version("1.10.0/..")
-    (True, False, False)
-    """
-    return _fits(_VERSION, value)
-
-
-_NAME = TypeAdapter[str](Name)
-_VERSION = TypeAdapter[str](SemanticVersion)
-
-
-def _fits(kind: TypeAdapter[str], value: str) -> bool:
     try:
-        kind.validate_python(value)
+        _NAME.validate_python(value)
     except ValidationError:
         return False
     return True

@@ -45,7 +45,7 @@ from models.errors import (
     SignatureError,
 )
 from models.golden import check_golden_case_everywhere
-from models.manifest import Manifest, is_name, is_version
+from models.manifest import Manifest, is_name
 from models.registry_state import ModelState, file_lock, load_state, save_state
 
 CHANGE_TIMEOUT_S = 60.0
@@ -89,7 +89,7 @@ class Registry:
 
     def versions(self, name: str) -> list[str]:
         """Every installed version of a model, withdrawn ones too, by precedence; empty if unknown."""
-        return sorted(self._state(name).installed, key=version_key) if is_name(name) else []
+        return sorted(self._state(name).installed, key=version_key)
 
     def get(self, name: str, version: str) -> Bundle:
         """An installed version, verified.
@@ -107,15 +107,9 @@ class Registry:
         SignatureError
             If no trusted key signed it.
         """
-        folder = self._folder(name, version)
-        state = self._state(name)
-        if version not in state.installed:
-            raise ModelUnknownError(
-                f"There is no version {version[:64]!r} of the model {name!r} here.",
-                remedy=f"Installed: {', '.join(self.versions(name)) or 'none'}.",
-            )
+        state = self._state_with(name, version)
         try:
-            bundle = self._opened.open(folder)
+            bundle = self._opened.open(self.root / name / version)
         except SignatureError:
             raise
         except BundleError as error:
@@ -132,7 +126,7 @@ class Registry:
         GoldenCaseError
             If its golden case does not come out right; else as :meth:`get` does.
         """
-        self._opened.forget(self._folder(name, version))
+        self._opened.forget(self.root / name / version)
         bundle = self.get(name, version)
         if check_golden:
             check_golden_case_everywhere(bundle, runtimes=self.runtimes)
@@ -140,7 +134,7 @@ class Registry:
 
     def active_version(self, name: str) -> str | None:
         """The active version, even where it is withdrawn; None where there is none."""
-        return self._state(name).active if is_name(name) else None
+        return self._state(name).active
 
     def active(self, name: str) -> Bundle:
         """The active version, verified as :meth:`get` does.
@@ -167,7 +161,7 @@ class Registry:
 
     def is_withdrawn(self, name: str, version: str) -> bool:
         """True for a version that was withdrawn: it starts no job and cannot be activated."""
-        return is_name(name) and version in self._state(name).withdrawn
+        return version in self._state(name).withdrawn
 
     def add(self, source: Path, *, check_golden: bool = True) -> Bundle:
         """Install a bundle, without activating it.
@@ -214,7 +208,7 @@ class Registry:
         RegistryError, BundleError
             As :meth:`verify` does; the golden case is run unless it was when the bundle was added.
         """
-        checked = version in self._state(name).golden_checked if is_name(name) else False
+        checked = version in self._state_with(name, version).golden_checked
         bundle = self.verify(name, version, check_golden=not checked)
         with self._changing():
             state = self._state(name)
@@ -238,7 +232,7 @@ class Registry:
             If there is nothing to go back to, or it is no longer what was installed.
         """
         with self._changing():
-            state = self._state(name).rolled_back() if is_name(name) else None
+            state = self._state(name).rolled_back()
             if state is None or state.active is None:
                 raise RegistryError(
                     f"The model {name[:64]!r} has no earlier active version to go back to.",
@@ -256,11 +250,8 @@ class Registry:
         ModelUnknownError
             If it is not installed.
         """
-        folder = self._folder(name, version)
         with self._changing():
-            state = self._state(name)
-            if version not in state.installed:
-                raise ModelUnknownError(f"There is no version {folder.name!r} of {name!r} here.")
+            state = self._state_with(name, version)
             save_state(self.root / name, state.with_withdrawn(version))
 
     def seed(self, shipped: Sequence[Path] | None = None, *, check_golden: bool = True) -> list[Bundle]:
@@ -290,16 +281,19 @@ class Registry:
         return seeded
 
     def _state(self, name: str) -> ModelState:
-        return load_state(self.root / name)
+        """What is known of a model; nothing where the name, which may come from outside, cannot be one."""
+        return load_state(self.root / name) if is_name(name) else ModelState()
 
-    def _folder(self, name: str, version: str) -> Path:
-        """Where a version lies; name and version may come from outside and must not lead elsewhere."""
-        if not is_name(name) or not is_version(version):
+    def _state_with(self, name: str, version: str) -> ModelState:
+        """What is known of a model that has this version; an installed version is safe as part of a path."""
+        state = self._state(name)
+        if version not in state.installed:
+            others = sorted(state.installed, key=version_key)
             raise ModelUnknownError(
                 f"There is no version {version[:64]!r} of the model {name[:64]!r} here.",
-                remedy=f"Models here: {', '.join(self.names()) or 'none'}.",
+                remedy=f"Installed versions of it: {', '.join(others) or 'none'}.",
             )
-        return self.root / name / version
+        return state
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
