@@ -1,0 +1,73 @@
+"""``segnode``: the commands. Each lives in :mod:`service.commands`, and imports what it runs when it runs.
+
+Exit status: 0 done, 1 an error, 2 not understood, 3 the input was refused (its reason code stands first on
+standard error), 130 interrupted. Errors are one line, what to do about it is the next, and a traceback is
+shown for our own mistakes alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from models.errors import Refusal, SegnodeError
+from service.commands import doctor, keys, models, node, segment, send
+from service.commands.console import show_error
+
+EXIT_ERROR, EXIT_REFUSED = 1, 3
+
+
+app = typer.Typer(
+    help="Segmentation node: studies in over DICOM, DICOM-SEG out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(rich_help_panel="Node")(node.serve)
+app.command(rich_help_panel="Node")(node.receive)
+app.command(rich_help_panel="Node")(node.api)
+app.command(rich_help_panel="Node")(node.worker)
+app.command(rich_help_panel="Node")(doctor.doctor)
+app.command(rich_help_panel="Files")(segment.segment)
+app.command(rich_help_panel="Files")(send.send)
+app.add_typer(models.app, name="models", rich_help_panel="Administration")
+app.add_typer(keys.app, name="keys", rich_help_panel="Administration")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"segnode {version('segnode')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Segmentation node: studies in over DICOM, DICOM-SEG out. Not a medical device."""
+
+
+def main() -> None:
+    """Run a command, and turn what goes wrong into a line, a remedy and an exit status."""
+    try:
+        app(prog_name="segnode")
+    except Refusal as refusal:
+        show_error(refusal.reason.value, refusal.message, refusal.remedy)
+        sys.exit(EXIT_REFUSED)
+    except SegnodeError as error:
+        show_error(error.code, error.message, error.remedy)
+        sys.exit(EXIT_ERROR)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stderr.close()
+        sys.exit(EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    main()

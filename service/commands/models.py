@@ -1,0 +1,105 @@
+"""``segnode models``: the models of a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from service.commands.console import note, show_table
+from service.commands.settings import Config, load
+
+if TYPE_CHECKING:
+    from models.registry import Registry
+
+app = typer.Typer(help="Install, check, activate and withdraw models.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME")]
+Version = Annotated[str, typer.Argument(metavar="VERSION")]
+
+
+def _registry(config: Path | None) -> Registry:
+    from service.node import make_data_dir, open_registry
+
+    settings = load(config)
+    make_data_dir(settings.data_dir)
+    return open_registry(settings)
+
+
+@app.command(name="list")
+def list_models(config: Config = None) -> None:
+    """Every installed version: what is active, what is withdrawn, and its digest."""
+    registry = _registry(config)
+    rows = []
+    for name in registry.names():
+        for version in registry.versions(name):
+            state = "withdrawn" if registry.is_withdrawn(name, version) else ""
+            active = "active" if registry.active_version(name) == version else ""
+            bundle = registry.get(name, version)
+            rows.append(
+                (name, version, " ".join(filter(None, (active, state))), bundle.digest, bundle.manifest.title)
+            )
+    show_table(("model", "version", "state", "digest", "title"), rows)
+    if not rows:
+        note(
+            "No model is installed: segnode serve installs those that ship, segnode models add installs one."
+        )
+
+
+@app.command()
+def add(
+    bundle: Annotated[Path, typer.Argument(help="A model bundle: a folder or a .zip.", exists=True)],
+    activate: Annotated[bool, typer.Option("--activate", help="Activate it as well.")] = False,
+    accept_changed_labels: Annotated[bool, typer.Option("--accept-changed-labels")] = False,
+    config: Config = None,
+) -> None:
+    """Check a bundle whole, its golden case too, and install it."""
+    registry = _registry(config)
+    added = registry.add(bundle).manifest
+    note(f"Installed {added.name} {added.version}.")
+    if activate:
+        registry.activate(added.name, added.version, accept_changed_labels=accept_changed_labels)
+        note(f"{added.name} {added.version} is active: new jobs run on it.")
+
+
+@app.command()
+def verify(
+    name: Name,
+    version: Annotated[str | None, typer.Argument(help="The active one unless given.")] = None,
+    config: Config = None,
+) -> None:
+    """Read every byte of an installed version again, and run its golden case on every runtime."""
+    registry = _registry(config)
+    version = version or registry.active(name).manifest.version
+    bundle = registry.verify(name, version)
+    note(f"{name} {version} is whole, and its golden case comes out right. Digest {bundle.digest}.")
+
+
+@app.command()
+def activate(
+    name: Name,
+    version: Version,
+    accept_changed_labels: Annotated[
+        bool,
+        typer.Option("--accept-changed-labels", help="Confirm that labels, channels or orientation change."),
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Let new jobs run on a version. Jobs under way end on the one they began with."""
+    _registry(config).activate(name, version, accept_changed_labels=accept_changed_labels)
+    note(f"{name} {version} is active: new jobs run on it.")
+
+
+@app.command()
+def rollback(name: Name, config: Config = None) -> None:
+    """Go back to the version that was active before."""
+    version = _registry(config).rollback(name).manifest.version
+    note(f"{name} {version} is active again.")
+
+
+@app.command()
+def withdraw(name: Name, version: Version, config: Config = None) -> None:
+    """Take a version out of use for good; its files stay, so that past results can be explained."""
+    _registry(config).withdraw(name, version)
+    note(f"{name} {version} is withdrawn: it starts no job any more.")

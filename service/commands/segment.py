@@ -1,0 +1,141 @@
+"""``segnode segment``: one case from files to a file, on this machine, without a running node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from models.errors import SegnodeError
+from service.commands.console import note, progress_bar, show_table, warn
+from service.commands.settings import Config, cache_dir, load, models_of_node_or_cache
+
+if TYPE_CHECKING:
+    from models.bundle import Bundle
+    from service.pipeline import PipelineOutcome
+
+_KINDS = {".nii.gz": "labelmap", ".dcm": "segmentation"}
+
+
+class NothingFoundError(SegnodeError):
+    """Raised when a SEG was asked for, and the model found none of its labels: a SEG cannot be empty."""
+
+    code = "NOTHING_FOUND"
+
+
+def segment(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="One input per channel: a NIfTI file, a folder of DICOM files, or a .zip of one.",
+            exists=True,
+            metavar="INPUT",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="out.nii.gz, or out.dcm for a DICOM-SEG (of DICOM input).")
+    ],
+    model: Annotated[str | None, typer.Option(metavar="NAME[@VERSION]", help="A model of the node.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="A model bundle that is not installed: a folder.", file_okay=False)
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="auto, openvino, onnxruntime or onnxruntime-cuda.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all unless given.")] = None,
+    config: Config = None,
+) -> None:
+    """Segment one case and write the labels; volumes go to standard output.
+
+    The same steps as in the node. An input that cannot be segmented ends with exit status 3,
+    its reason code first on standard error.
+    """
+    kind = _kind_of(output, inputs)
+    if (model is None) == (bundle is None):
+        raise typer.BadParameter("give one of --model and --bundle", param_hint="--model")
+    settings = load(config)
+    opened, cache = _open(model, bundle, config)
+
+    from models.segmenter import Segmenter
+    from service.pipeline import PipelineJob, overall_fraction, run
+    from service.records.database import utc_now
+
+    with tempfile.TemporaryDirectory(prefix="segnode-") as scratch, progress_bar() as bar:
+        task = bar.add_task("loading", total=1.0)
+        segmenter = Segmenter(
+            opened,
+            runtime=runtime or settings.worker.runtime,
+            threads=threads or settings.worker.threads,
+            cache_dir=cache,
+        )
+        try:
+            outcome = run(
+                PipelineJob(
+                    channels=tuple((path,) for path in inputs),
+                    created_at=utc_now(),
+                    output_dir=Path(scratch) / "results",
+                    settings_digest=settings.results_digest,
+                ),
+                segmenter,
+                opened.manifest,
+                opened.digest,
+                progress=lambda p: bar.update(task, description=p.stage, completed=overall_fraction(p)),
+            )
+        finally:
+            segmenter.close()
+        bar.update(task, description="done", completed=1.0)
+        _deliver(outcome, Path(scratch) / "results", kind, output)
+    _report(outcome, opened, output)
+
+
+def _kind_of(output: Path, inputs: list[Path]) -> str:
+    """The kind of result that belongs to the output's name."""
+    from service.archive import is_dicom, is_zip
+
+    kind = next((kind for suffix, kind in _KINDS.items() if output.name.lower().endswith(suffix)), None)
+    if kind is None:
+        raise typer.BadParameter(f"{output.name} must end in .nii.gz or .dcm", param_hint="--output")
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+    if kind == "segmentation" and not all(p.is_dir() or is_dicom(p) or is_zip(p) for p in inputs):
+        raise typer.BadParameter(
+            "a SEG needs the DICOM series that it belongs to; NIfTI gives out.nii.gz", param_hint="--output"
+        )
+    return kind
+
+
+def _open(model: str | None, bundle: Path | None, config: Path | None) -> tuple[Bundle, Path]:
+    from models.bundle import Bundle
+
+    if bundle is not None:
+        return Bundle.open(bundle), cache_dir() / "cache"
+    assert model is not None
+    registry, cache = models_of_node_or_cache(config)
+    name, _, version = model.partition("@")
+    return (registry.get(name, version) if version else registry.active(name)), cache
+
+
+def _deliver(outcome: PipelineOutcome, results: Path, kind: str, output: Path) -> None:
+    """Put the file that was asked for in its place, at once and complete."""
+    file = next((f for f in outcome.files if f.kind == kind), None)
+    if file is None:
+        raise NothingFoundError(
+            "The model found none of its labels, and a SEG cannot be empty.",
+            remedy="Ask for a .nii.gz, which can; and look whether the input shows what the model looks for.",
+        )
+    unfinished = output.with_name(f".{output.name}.part")
+    shutil.copyfile(results / file.name, unfinished)
+    os.replace(unfinished, output)
+
+
+def _report(outcome: PipelineOutcome, bundle: Bundle, output: Path) -> None:
+    volumes = outcome.summary["volumes_ml"]
+    show_table(("label", "mL"), [(name, f"{value:.2f}") for name, value in volumes.items()])
+    for warning in outcome.summary["warnings"]:
+        warn(warning)
+    manifest = bundle.manifest
+    note(f"{output}: {manifest.name} {manifest.version}, {outcome.runtime} {outcome.precision}. Unverified.")

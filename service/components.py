@@ -1,0 +1,119 @@
+"""The three processes of a node: receiver, HTTP interface and worker, each run until it is told to stop.
+
+``listening`` is called once, when the part is ready, with the port it listens on (None for the worker).
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+
+from models.errors import SegnodeError
+from service.logs import get_logger
+from service.node import Node
+
+Listening = Callable[[int | None], None]
+Component = Callable[[Node, threading.Event, Listening], None]
+
+_POLL_S = 0.2
+_HTTP_DRAIN_S = 10
+
+log = get_logger(__name__)
+
+
+class PortInUseError(SegnodeError):
+    """Raised when a port cannot be listened on."""
+
+    code = "PORT_UNAVAILABLE"
+
+
+class StoppedByItselfError(SegnodeError):
+    """Raised when a part of the node ends without having been told to."""
+
+    code = "STOPPED_BY_ITSELF"
+
+
+def run_receive(node: Node, stop: threading.Event, listening: Listening) -> None:
+    """Receive objects over DICOM. Raises PortInUseError."""
+    from service.dicom.receive import Receiver
+
+    receiver = Receiver(node.settings, node.records, node.spool)
+    try:
+        receiver.start()
+    except OSError as error:
+        raise port_in_use("DICOM", node.settings.dicom.host, node.settings.dicom.port, error) from error
+    try:
+        listening(receiver.port)
+        stop.wait()
+    finally:
+        receiver.stop()
+
+
+def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
+    """Serve the HTTP interface. Raises PortInUseError."""
+    import uvicorn
+
+    from service.api import create_app
+
+    node.registry.seed()
+    http = node.settings.http
+    with listen("HTTP", http.host, http.port) as listener:
+        app = create_app(node.settings, node.records, node.spool, node.registry)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=http.behind_tls_proxy,
+                ssl_certfile=http.tls_certificate,
+                ssl_keyfile=http.tls_key,
+                timeout_graceful_shutdown=_HTTP_DRAIN_S,
+            )
+        )
+        # Not in the main thread: there uvicorn would take the signals, which are ours to answer.
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http")
+        thread.start()
+        try:
+            while thread.is_alive() and not server.started:
+                stop.wait(_POLL_S / 10)
+            if server.started:
+                listening(listener.getsockname()[1])
+            while thread.is_alive() and not stop.wait(_POLL_S):
+                pass
+        finally:
+            server.should_exit = True
+            thread.join()
+    if not stop.is_set():
+        raise StoppedByItselfError("The HTTP server ended.", remedy="The log above says why.")
+
+
+def run_worker(node: Node, stop: threading.Event, listening: Listening) -> None:
+    """Run jobs and send results."""
+    from service.worker import Worker
+
+    node.registry.seed()
+    worker = Worker(node.settings, node.records, node.spool, node.registry)
+    listening(None)
+    worker.run(stop)
+
+
+COMPONENTS: dict[str, Component] = {"receive": run_receive, "api": run_api, "worker": run_worker}
+
+
+def listen(what: str, host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes any that is free. Raises PortInUseError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise port_in_use(what, host, port, error) from error
+
+
+def port_in_use(what: str, host: str, port: int, error: OSError) -> PortInUseError:
+    """The error of a port that cannot be listened on."""
+    return PortInUseError(
+        f"{what} cannot listen on {host}:{port}: {error.strerror}.",
+        remedy="Stop whatever listens there, or configure another port or address; see segnode doctor.",
+    )

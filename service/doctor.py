@@ -1,0 +1,295 @@
+"""``segnode doctor``: looks for what would keep a node from working, and says what to do about it.
+
+Every check looks and changes nothing, but for the C-ECHO that it sends to each destination.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from models.errors import SegnodeError
+from models.registry import Registry
+from models.resources import available_memory_bytes, usable_cores
+from models.runtimes import available_runtimes, choose_runtime
+from service.records.migrate import current_revision, head_revision
+from service.settings import GIB, Destination, Route, Settings
+
+_NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "glusterfs"})
+_LITTLE_MEMORY_BYTES = 4 * GIB
+
+
+class Health(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: one sentence, and what to do where something is wrong."""
+
+    what: str
+    health: Health
+    message: str
+    remedy: str = ""
+
+
+Echo = Callable[[Destination], str | None]
+"""Sends a C-ECHO; None if it was answered, else a sentence that says what went wrong."""
+
+
+def examine(settings: Settings, registry: Registry, *, echo: Echo) -> Iterator[Finding]:
+    """Every finding, one by one, as the checks go on."""
+    yield from check_data_dir(settings)
+    yield from check_disk(settings)
+    yield from check_database(settings)
+    yield check_port("DICOM port", settings.dicom.host, settings.dicom.port)
+    yield check_port("HTTP port", settings.http.host, settings.http.port)
+    yield check_machine()
+    yield check_runtime(settings)
+    yield from check_models(registry)
+    yield from check_configuration(settings, registry)
+    for destination in settings.destinations:
+        yield check_destination(destination, echo)
+
+
+def check_configuration(settings: Settings, registry: Registry) -> Iterator[Finding]:
+    """What keeps a node that runs from being of any use."""
+    if not settings.dicom.peers and not settings.dicom.allow_unknown_peers:
+        yield _warning(
+            "peers",
+            "No peer is configured: every DICOM association is rejected.",
+            "List the PACS under dicom.peers, with its AE title and address.",
+        )
+    else:
+        known = ", ".join(peer.ae_title for peer in settings.dicom.peers) or "none by name"
+        anyone = "; any other is accepted too" if settings.dicom.allow_unknown_peers else ""
+        yield _ok("peers", f"{known}{anyone}")
+    if not settings.routes:
+        yield _warning(
+            "routes",
+            "No route is configured: what arrives over DICOM is kept, and nothing follows.",
+            "Say under routes which series go to which model, and where its results go.",
+        )
+    for route in settings.routes:
+        yield check_route(route, registry)
+
+
+def check_route(route: Route, registry: Registry) -> Finding:
+    """Whether a route leads from a model that can run to a destination."""
+    what = f"route {route.name}"
+    active = registry.active_version(route.model)
+    version = route.version or active
+    if version is None:
+        return _problem(
+            what,
+            f"The model {route.model} has no active version here.",
+            "Install it: segnode models add BUNDLE --activate.",
+        )
+    if version not in registry.versions(route.model):
+        return _problem(what, f"{route.model} {version} is not installed.", "Install it, or name another.")
+    if registry.is_withdrawn(route.model, version):
+        return _problem(what, f"{route.model} {version} is withdrawn.", "Activate another version.")
+    if not route.destinations:
+        return _warning(
+            what, "It has no destination: its results stay in the node.", "Name some under destinations."
+        )
+    return _ok(what, f"{route.model} {version} to {', '.join(route.destinations)}")
+
+
+def check_data_dir(settings: Settings) -> Iterator[Finding]:
+    """Whether the data folder can be used, and lies on a disk of this machine."""
+    folder = settings.data_dir.resolve()
+    existing = _existing(folder)
+    if not folder.is_dir():
+        if not _writable(existing):
+            yield _problem(
+                "data folder",
+                f"{folder} is not there, and cannot be made in {existing}.",
+                "Make it, and give it to the node's user.",
+            )
+            return
+        yield _ok("data folder", f"{folder} is not there yet; segnode serve makes it")
+    elif not _writable(folder):
+        yield _problem(
+            "data folder", f"{folder} cannot be written to.", "Give it to the node's user (chown), mode 0700."
+        )
+    else:
+        yield _ok("data folder", str(folder))
+    kind = _file_system(existing)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        yield _problem(
+            "data folder",
+            f"{folder} is on a network file system ({kind}), which can lose what was acknowledged.",
+            "Put data_dir on a local disk.",
+        )
+
+
+def check_disk(settings: Settings) -> Iterator[Finding]:
+    """Whether the disk has more free than the watermark."""
+    free = shutil.disk_usage(_existing(settings.data_dir.resolve())).free
+    watermark = max(settings.storage.low_watermark_bytes, settings.storage.reserve_bytes)
+    figures = f"{free / GIB:.1f} GiB free, watermark {watermark / GIB:.1f} GiB"
+    if free < watermark:
+        yield _problem(
+            "disk",
+            f"{figures}: nothing new is accepted.",
+            "Free some space, use a larger disk, or lower storage.low_watermark_bytes.",
+        )
+    elif free < 2 * watermark:
+        yield _warning("disk", f"{figures}.", "Plan for a larger disk.")
+    else:
+        yield _ok("disk", figures)
+
+
+def check_database(settings: Settings) -> Iterator[Finding]:
+    """Whether the database answers and has this release's tables."""
+    url = make_url(settings.records_url)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+        yield _ok("database", "there is none yet; segnode serve makes it")
+        return
+    try:
+        present, wanted = current_revision(settings.records_url), head_revision()
+    except (SQLAlchemyError, OSError) as error:
+        yield _problem(
+            "database",
+            f"{url.render_as_string(hide_password=True)} does not answer ({type(error).__name__}).",
+            "Check database_url, the server, and the user's rights.",
+        )
+        return
+    if present == wanted:
+        yield _ok("database", f"{url.get_backend_name()}, revision {present}")
+    else:
+        yield _warning(
+            "database",
+            f"It is at revision {present or 'none'}; this release works on {wanted}.",
+            "Back it up; segnode serve upgrades it at its next start.",
+        )
+
+
+def check_port(what: str, host: str, port: int) -> Finding:
+    """Whether a port is free, or answers already."""
+    if port == 0:
+        return _ok(what, "any that is free")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family):
+            return _ok(what, f"{host}:{port} is free")
+    except OSError as error:
+        reason = error.strerror
+    try:
+        with socket.create_connection((host, port), timeout=2):
+            return _warning(
+                what,
+                f"Something listens on {host}:{port} already.",
+                "Right if this node is running; else stop it or configure another port.",
+            )
+    except OSError:
+        return _problem(
+            what, f"{host}:{port} cannot be listened on: {reason}.", "Configure another address or port."
+        )
+
+
+def check_machine() -> Finding:
+    """Cores and memory that the node may use."""
+    cores, memory = usable_cores(), available_memory_bytes()
+    figures = f"{cores} core(s), {memory / GIB:.1f} GiB of memory available"
+    if memory < _LITTLE_MEMORY_BYTES:
+        return _warning("machine", f"{figures}: large volumes will be refused.", "Give the node more memory.")
+    return _ok("machine", figures)
+
+
+def check_runtime(settings: Settings) -> Finding:
+    """Whether the runtime that is configured is installed."""
+    try:
+        chosen = choose_runtime(settings.worker.runtime)
+    except SegnodeError as error:
+        return _problem("runtime", error.message, error.remedy)
+    return _ok("runtime", f"{chosen} (installed: {', '.join(available_runtimes())})")
+
+
+def check_models(registry: Registry) -> Iterator[Finding]:
+    """Whether every installed version is still what was installed."""
+    names = registry.names()
+    if not names:
+        yield _warning(
+            "models",
+            "No model is installed.",
+            "segnode serve installs those that ship; segnode models add one.",
+        )
+    for name in names:
+        active = registry.active_version(name)
+        for version in registry.versions(name):
+            what = f"model {name} {version}"
+            try:
+                bundle = registry.get(name, version)
+            except SegnodeError as error:
+                yield _problem(what, error.message, error.remedy)
+                continue
+            marks = ["active"] if version == active else []
+            marks += ["withdrawn"] if registry.is_withdrawn(name, version) else []
+            yield _ok(what, " ".join([*marks, f"digest {bundle.digest[:12]}…"]))
+
+
+def check_destination(destination: Destination, echo: Echo) -> Finding:
+    """Whether a destination answers a C-ECHO."""
+    what = f"destination {destination.name}"
+    peer = f"{destination.ae_title}@{destination.host}:{destination.port}"
+    wrong = echo(destination)
+    if wrong is None:
+        return _ok(what, f"{peer} answers")
+    return _problem(
+        what,
+        f"{peer}: {wrong}",
+        "Check host and port, that the PACS knows this node's AE title and address, and its firewall.",
+    )
+
+
+def _ok(what: str, message: str) -> Finding:
+    return Finding(what, Health.OK, message)
+
+
+def _warning(what: str, message: str, remedy: str) -> Finding:
+    return Finding(what, Health.WARNING, message, remedy)
+
+
+def _problem(what: str, message: str, remedy: str) -> Finding:
+    return Finding(what, Health.PROBLEM, message, remedy)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above that exists."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _writable(folder: Path) -> bool:
+    probe = folder / ".segnode-doctor"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _file_system(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+    """The type of the file system that a folder is on; empty where the system does not tell."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    found, longest = "", -1
+    for line in lines:
+        _, point, kind, *_ = line.split(" ")
+        mount = Path(point.replace("\\040", " "))
+        if (mount == folder or mount in folder.parents) and len(mount.parts) > longest:
+            found, longest = kind, len(mount.parts)
+    return found

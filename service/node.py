@@ -1,0 +1,94 @@
+"""What every process of a node needs before it can work: the data folder, the records, spool and models."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from models.registry import Registry
+from models.signing import load_public_key
+from service.errors import SettingsError
+from service.records.database import Records
+from service.records.migrate import upgrade
+from service.settings import Settings
+from service.spool import Spool
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's parts, opened. Use it as a context manager: the database is closed at the end."""
+
+    settings: Settings
+    records: Records
+    spool: Spool
+    registry: Registry
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.records.close()
+
+
+def open_node(settings: Settings) -> Node:
+    """Make what is not there yet, and open the rest. Several processes may do so at once.
+
+    The data folder is made for the node's user alone, the database is brought to this release's tables.
+
+    Raises
+    ------
+    SettingsError
+        If the data folder or the database cannot be used.
+    """
+    make_data_dir(settings.data_dir)
+    upgrade(settings.records_url)
+    with ExitStack() as undo:
+        records = Records(settings.records_url)
+        undo.callback(records.close)
+        spool = Spool(
+            settings.spool_dir,
+            low_watermark_bytes=settings.storage.low_watermark_bytes,
+            reserve_bytes=settings.storage.reserve_bytes,
+        )
+        node = Node(settings, records, spool, open_registry(settings))
+        undo.pop_all()
+    return node
+
+
+def make_data_dir(path: Path) -> None:
+    """Make the data folder, readable by the node's user alone.
+
+    Raises
+    ------
+    SettingsError
+        If it cannot be made or written to.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SettingsError(
+            f"The data folder {path} cannot be used: {error.strerror}.",
+            remedy="Give data_dir a folder on a local disk that the node's user may write to.",
+        ) from error
+
+
+def open_registry(settings: Settings) -> Registry:
+    """The models of a node; with the keys that it trusts, where signatures are required.
+
+    Raises
+    ------
+    SignatureError
+        If a key file cannot be read or holds no Ed25519 public key.
+    """
+    keys = [load_public_key(path) for path in settings.models.trusted_keys]
+    return Registry(settings.registry_dir, trusted_keys=keys if settings.models.require_signature else None)
