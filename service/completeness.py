@@ -11,7 +11,6 @@ model, so a sweep that died in the middle is simply done again.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
@@ -21,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from models.errors import Refusal
 from service.headers import read_attributes
+from service.logs import get_logger
 from service.records.database import Records
 from service.records.events import record_event
 from service.records.instances import complete_series, current_instances, quiet_series, study_is_quiet
@@ -31,7 +31,7 @@ from service.routing import SeriesFacts, check_study_age, choose, takes, wanted_
 from service.settings import Route, Settings
 from service.spool import Spool
 
-logger = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _ACTOR = "completeness"
 _REMEMBERED_SERIES = 4096
@@ -75,11 +75,9 @@ class Completeness:
             try:
                 made += self._look_at(series, now)
             except OSError as error:
-                logger.error(
-                    "series %s waits, its files cannot be read: %s", series.series_id, error.strerror
-                )
+                log.error("series.waits", series_id=series.series_id, error=error.strerror)
             except IntegrityError:  # another worker made the same job at the same moment
-                logger.info("series %s was looked at by another worker", series.series_id)
+                log.info("series.looked_at_by_another", series_id=series.series_id)
         return made
 
     def _look_at(self, series: Series, now: datetime) -> int:

@@ -13,7 +13,7 @@ its measurements name the older segmentation.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from datetime import datetime
 
 from sqlalchemy import or_, select, update
@@ -149,19 +149,3 @@ def cancel_superseded_deliveries(session: Session, job_id: str, *, now: datetime
         )
         .values(state=DeliveryState.CANCELLED, lease_owner=None, lease_expires_at=None),
     )
-
-
-def expire_leases(session: Session, owners: Collection[str]) -> int:
-    """End the leases of owners that are proven dead, so that reaping need not wait. Returns how many."""
-    return change(
-        session,
-        update(Job)
-        .where(Job.state == JobState.RUNNING, Job.lease_owner.in_(owners))
-        .values(lease_expires_at=Job.started_at),
-    )
-
-
-def lease_owners(session: Session) -> list[str]:
-    """Everyone who holds a job now."""
-    held = select(Job.lease_owner).where(Job.state == JobState.RUNNING, Job.lease_owner.is_not(None))
-    return [owner for owner in session.scalars(held.distinct()) if owner is not None]

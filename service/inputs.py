@@ -1,0 +1,129 @@
+"""What a job is given, read into one volume: NIfTI or DICOM, one or several channels."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models.errors import ReasonCode, Refusal
+from models.manifest import Manifest
+from models.nifti import read_nifti
+from models.volume import Volume
+from service.archive import dicom_files, extract, is_dicom, is_zip
+from service.dicom.identity import common_identity
+from service.dicom.series import SourceSeries, read_series
+from service.limits import check_modalities
+
+_SAME_GRID_MM = 1e-3
+
+
+@dataclass(frozen=True)
+class PipelineInput:
+    """The volume of all channels and, for DICOM, the series of each; the first is what a result refers to."""
+
+    volume: Volume
+    sources: tuple[SourceSeries, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def read_input(
+    channels: Sequence[Sequence[Path]], manifest: Manifest, scratch: Path, *, unpack_limit_bytes: int
+) -> PipelineInput:
+    """Read every channel of a job onto one grid.
+
+    Parameters
+    ----------
+    channels : sequence of sequences of Path
+        The files of each channel, in the manifest's order: DICOM files, or one zip archive or folder of
+        them, or one NIfTI file. What a file is is told by its contents.
+    scratch : Path
+        A folder for what archives hold; it is left as it was.
+    unpack_limit_bytes : int
+        How much an archive may unpack to.
+
+    Raises
+    ------
+    Refusal
+        If the files are not one volume of one patient for each channel, all on one grid.
+    """
+    if len(channels) != len(manifest.channels):
+        names = ", ".join(channel.name for channel in manifest.channels)
+        raise Refusal(
+            ReasonCode.MISSING_CHANNEL,
+            f"{manifest.name} needs {len(manifest.channels)} channel(s) ({names}); {len(channels)} came.",
+            remedy="Give one file or series for each channel, in this order.",
+        )
+    nifti = [len(paths) == 1 and _looks_like_nifti(paths[0]) for paths in channels]
+    if all(nifti):
+        return PipelineInput(read_nifti([paths[0] for paths in channels]))
+    if any(nifti):
+        raise Refusal(
+            ReasonCode.CHANNEL_GRIDS_DIFFER,
+            f"{sum(nifti)} of {len(nifti)} channels are not DICOM, and the others are.",
+            remedy="Give all channels in the same format.",
+        )
+    sources: list[SourceSeries] = []
+    warnings: list[str] = []
+    for number, paths in enumerate(channels):
+        with _unpacked(paths, scratch / f"channel{number}", unpack_limit_bytes) as given:
+            files, about_files = dicom_files(given)
+            source = read_series(files)
+        sources.append(source)
+        warnings += [*about_files, *source.warnings]
+        if source.lossy:
+            warnings.append("The images were compressed with loss.")
+    check_modalities(manifest, [source.modality for source in sources])
+    _check_same_patient_and_grid(sources)
+    volume = sources[0].volume
+    if len(sources) > 1:
+        stacked = np.concatenate([source.volume.array for source in sources])
+        volume = Volume(stacked, volume.affine, volume.frame_of_reference_uid)
+    return PipelineInput(volume, tuple(sources), tuple(warnings))
+
+
+def _looks_like_nifti(path: Path) -> bool:
+    return path.is_file() and not is_dicom(path) and not is_zip(path)
+
+
+@contextmanager
+def _unpacked(paths: Sequence[Path], into: Path, limit_bytes: int) -> Iterator[Sequence[Path]]:
+    """The files of a channel; those of an archive lie in ``into`` while the block runs."""
+    if len(paths) != 1 or not paths[0].is_file() or not is_zip(paths[0]):
+        yield paths
+        return
+    into.mkdir()
+    yield extract(paths[0], into, limit_bytes=limit_bytes)
+    shutil.rmtree(into)
+
+
+def _check_same_patient_and_grid(sources: Sequence[SourceSeries]) -> None:
+    """Channels must be of one patient and study, and lie voxel on voxel."""
+    common_identity([source.headers[0] for source in sources])
+    first = sources[0]
+    for number, source in enumerate(sources[1:], 2):
+        if source.volume.shape_zyx != first.volume.shape_zyx:
+            sizes = (" x ".join(map(str, s.volume.shape_zyx[::-1])) for s in (source, first))
+            difference = f"{next(sizes)} voxels, not {next(sizes)}"
+        elif source.frame_of_reference_uid != first.frame_of_reference_uid:
+            difference = "another frame of reference than the first"
+        elif (apart := _furthest_apart_mm(source.volume, first.volume)) > _SAME_GRID_MM:
+            difference = f"a grid that is up to {apart:.3g} mm away from the first's"
+        else:
+            continue
+        raise Refusal(
+            ReasonCode.CHANNEL_GRIDS_DIFFER,
+            f"Channel {number} has {difference}.",
+            remedy="Send channels that were reconstructed on one grid, or resample them to one.",
+        )
+
+
+def _furthest_apart_mm(one: Volume, other: Volume) -> float:
+    """The largest distance in millimetres between equal voxel indices of two grids of one shape."""
+    size = np.array(one.shape_zyx[::-1]) - 1
+    corners = np.array([[*(size * corner), 1.0] for corner in np.ndindex(2, 2, 2)])
+    return float(np.linalg.norm((corners @ (one.affine - other.affine).T)[:, :3], axis=1).max())
