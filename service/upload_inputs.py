@@ -20,6 +20,7 @@ import numpy as np
 from nibabel import load
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Pair
+from nibabel.spatialimages import HeaderDataError
 
 from models.errors import ReasonCode, Refusal
 from models.manifest import Manifest
@@ -103,7 +104,7 @@ def _check_nifti_header(path: Path, name: str) -> None:
     """Read a header, never a voxel: what would unpack to terabytes is told by its first 352 bytes."""
     try:
         image = load(path)
-    except (OSError, EOFError, ValueError, ImageFileError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         raise Refusal(
             ReasonCode.UNREADABLE,
             f"{name} has no readable NIfTI header.",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from api_harness import ApiHarness
 
 from service.records.database import Records
 from service.records.migrate import upgrade
@@ -19,3 +20,9 @@ def records(tmp_path: Path) -> Iterator[Records]:
     opened = Records(url)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def api(tmp_path: Path, records: Records) -> ApiHarness:
+    """The HTTP interface over empty records, with a key for each role."""
+    return ApiHarness(tmp_path, records, storage={"low_watermark_bytes": 0, "reserve_bytes": 0})
