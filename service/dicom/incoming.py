@@ -13,7 +13,7 @@ import hashlib
 import queue
 import socket
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self
@@ -40,6 +40,7 @@ _CHECK_EVERY_BYTES = 8 * 1024**2
 _MAXIMUM_COMMAND_BYTES = 64 * 1024
 _MAXIMUM_PDU_READ_BYTES = 1024**2  # an A-ASSOCIATE-RQ with 128 contexts is a fraction of it
 
+_QUICK_ACKNOWLEDGEMENT: int | None = getattr(socket, "TCP_QUICKACK", None)
 _MANDATORY = ("MessageID", "Priority", "AffectedSOPClassUID", "AffectedSOPInstanceUID")  # PS3.7 table 9.3-1
 
 _log = get_logger(__name__)
@@ -267,26 +268,29 @@ class ReceivingDimse(DIMSEServiceProvider):  # type: ignore[misc] # pynetdicom i
                 incoming.discard()
 
 
-def bounded_receive(connection: socket.socket) -> Callable[[int], bytearray]:
-    """A ``recv`` for pynetdicom's socket that reads large pieces and believes no length that it is told.
+def arm_connection(association_socket: Any, timeout_s: float) -> None:
+    """Make the connection of an association fit for peers that stall, lie, or send in small pieces.
 
-    A PDU's length field may claim 4 GiB; pynetdicom would collect them in memory. Read errors are OSError,
-    upon which pynetdicom closes the connection.
+    pynetdicom leaves it without a time-out, so that a peer that stops in the middle of a PDU holds a thread
+    for ever; it believes a PDU's length field, which may claim 4 GiB of memory; and it reads and writes in a
+    way in which Nagle's algorithm and delayed acknowledgements cost 40 ms an object.
     """
+    connection: socket.socket = association_socket.socket
+    connection.settimeout(timeout_s)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    association_socket.recv = partial(_receive, connection)
 
-    def receive(count: int) -> bytearray:
-        if count > _MAXIMUM_PDU_READ_BYTES:
-            raise ConnectionAbortedError(f"the peer announced a PDU of {count} bytes")
-        data = bytearray(count)
-        view = memoryview(data)
-        done = 0
-        while done < count:
-            read = connection.recv_into(view[done:])
-            if not read:
-                break
+
+def _receive(connection: socket.socket, count: int) -> bytearray:
+    """Up to ``count`` bytes, fewer only at the end of the stream; an OSError closes the connection."""
+    if count > _MAXIMUM_PDU_READ_BYTES:
+        raise ConnectionAbortedError(f"the peer announced a PDU of {count} bytes")
+    data = bytearray(count)
+    done = 0
+    with memoryview(data) as view:
+        while done < count and (read := connection.recv_into(view[done:])):
             done += read
-        view.release()
-        del data[done:]
-        return data
-
-    return receive
+    if _QUICK_ACKNOWLEDGEMENT is not None:  # Linux forgets it, so it is set every time
+        connection.setsockopt(socket.IPPROTO_TCP, _QUICK_ACKNOWLEDGEMENT, 1)
+    del data[done:]
+    return data

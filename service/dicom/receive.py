@@ -29,7 +29,7 @@ from service.dicom.incoming import (
     IncomingFile,
     ReceivingDimse,
     StoreRefusedError,
-    bounded_receive,
+    arm_connection,
 )
 from service.dicom.received_header import ReceivedHeader, is_uid, read_received_header
 from service.dicom.throttle import Throttle
@@ -120,10 +120,7 @@ class Receiver:
     def _on_connection(self, event: Any) -> None:
         """Arm a new connection before its threads start: time-outs, bounds, and files of the spool."""
         association = event.assoc
-        connection = association.dul.socket.socket
-        # pynetdicom leaves it without one: a peer that stops in the middle of a PDU would hold a thread.
-        connection.settimeout(self._settings.network_timeout_s)
-        association.dul.socket.recv = bounded_receive(connection)
+        arm_connection(association.dul.socket, self._settings.network_timeout_s)
         association.dimse = ReceivingDimse(
             association, self._spool, limit_bytes=self._settings.maximum_object_bytes
         )

@@ -24,7 +24,7 @@ from service.dicom.incoming import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
     MAXIMUM_PDU_BYTES,
-    bounded_receive,
+    arm_connection,
 )
 from service.settings import Destination
 
@@ -209,10 +209,7 @@ class _Association:
         return self._association is not None and bool(self._association.is_established)
 
     def _on_connection(self, event: Any) -> None:
-        # pynetdicom takes the time-out off: a peer that stops reading would hold the sender for ever.
-        connection = event.assoc.dul.socket.socket
-        connection.settimeout(self._timeout_s)
-        event.assoc.dul.socket.recv = bounded_receive(connection)
+        arm_connection(event.assoc.dul.socket, self._timeout_s)
 
     def _why_not(self, where: str) -> SendOutcome:
         answer = self._association.acceptor.primitive

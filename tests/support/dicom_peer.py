@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -128,7 +129,7 @@ class Sender:
         association = self.association
         association._reactor_checkpoint.clear()
         while not association._is_paused:
-            pass
+            time.sleep(0.0005)
         try:
             association.dimse.send_msg(request, context_id)
             _, response = association.dimse.get_msg(block=True)
