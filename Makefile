@@ -27,7 +27,7 @@ test: $(VENV)/.test-installed lint
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy
+	$(BIN)/mypy -p models -p service -p training -p deploy.demo
 	$(BIN)/lint-imports
 
 $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python

@@ -54,9 +54,9 @@ _PATIENT_KEYS = frozenset(
     }
 )
 
-# Their lines quote elements of data sets; what matters of them reaches our own logs as an error.
-_SILENT = ("pydicom", "highdicom", "pynetdicom.dsutils", "python_multipart", "multipart")
-_QUIET = ("pynetdicom", "uvicorn.access", "httpx", "httpcore", "alembic", "PIL", "numba", "asyncio")
+# Their lines quote elements of data sets, or repeat what our own logs say in the same moment.
+_SILENT = ("pydicom", "highdicom", "pynetdicom", "python_multipart", "multipart")
+_QUIET = ("uvicorn", "httpx", "httpcore", "alembic", "PIL", "numba", "asyncio")
 
 EventDict = MutableMapping[str, Any]
 

@@ -1,0 +1,1 @@
+"""``make demo``: a node, a study over DICOM, its SEG back, volumes and a picture."""
