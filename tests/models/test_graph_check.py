@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from models.bundle import seal
 from models.errors import BundleError
 from models.graph_check import check_graph
 from models.manifest import Manifest
@@ -208,6 +211,19 @@ def test_what_no_bundle_may_hold_is_refused(
         _check(model, manifest)
     assert "'student.onnx'" in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_a_well_sealed_bundle_with_such_a_network_does_not_open(tmp_path: Path) -> None:
+    folder = make_threshold_bundle(tmp_path / "bundle").folder
+    model = onnx.load(folder / "student.onnx")
+    _custom_node(model)
+    data = model.SerializeToString()
+    manifest = json.loads((folder / "model.json").read_text())
+    manifest["weights"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "student.onnx").write_bytes(data)
+    (folder / "model.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"'Run' of the domain 'com\.example'"):
+        seal(folder)
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"\x80\x04K\x01.", b"\x0a\xff\xff\xff\xff\x0f" * 10])
