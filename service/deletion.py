@@ -160,8 +160,7 @@ def _unlink(spool: Spool, paths: Iterable[str]) -> tuple[int, int]:
     """Unlink files, and the folders of one upload or job that are empty then; count and bytes."""
     files, size_bytes = 0, 0
     folders: set[Path] = set()
-    for relative in sorted(paths):
-        path = spool.absolute(relative)
+    for path in sorted(spool.absolute(relative) for relative in paths):
         folders.add(path.parent)
         try:
             size = path.stat().st_size
