@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -94,5 +95,6 @@ def volume_ranges_ml(
     ranges = {}
     for value in values:
         low, high = np.percentile([v.get(value, 0.0) for v in volumes], percentiles)
-        ranges[value] = (float(np.floor(low * 100)) / 100, float(np.ceil(high * 100)) / 100)
+        # Six digits first: 0.8 mL is 80.00000000000001 hundredths.
+        ranges[value] = (math.floor(round(low * 100, 6)) / 100, math.ceil(round(high * 100, 6)) / 100)
     return ranges
