@@ -45,3 +45,9 @@ class RecipeError(SegnodeError):
     """Raised when a recipe has a key that does not exist, or a value that is not allowed."""
 
     code = "RECIPE_INVALID"
+
+
+class QuantizationGateError(SegnodeError):
+    """Raised when INT8 weights cost a label more than is allowed."""
+
+    code = "QUANTIZATION_GATE"
