@@ -8,7 +8,10 @@ patient's data. The functions here parse the bytes as they were read: what canno
 from __future__ import annotations
 
 import math
+import re
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,22 +19,28 @@ from typing import Any
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 _CHARACTER_SET = "SpecificCharacterSet"
 _PN_DELIMITERS = {0x5E, 0x3D, 0x5C}  # ^ = \ set the character set back (PS3.5 section 6.1.2.5.3)
+_UID = re.compile(r"[0-9.]{1,64}", re.ASCII)
 _BYTES_OF = {"US": 2, "SS": 2, "UL": 4, "SL": 4}
 _TEXT_DELIMITERS = {0x0D, 0x0A, 0x09, 0x0C}
 
 PARSE_ERRORS = (
     ArithmeticError,
     AttributeError,
+    BytesLengthException,
     EOFError,
+    InvalidDicomError,
     LookupError,
     NotImplementedError,
     OSError,
     RuntimeError,  # with RecursionError, for sequences nested without end
     TypeError,
-    ValueError,  # with UnicodeError and struct's neighbours
+    ValueError,  # with UnicodeError
+    struct.error,
+    zlib.error,
 )
 """What pydicom and the codecs are known to raise on damaged input; their text may quote the input."""
 
@@ -44,13 +53,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def raw(dataset: Dataset, keyword: str) -> Any:
-    """The value as it was read (bytes) or as it was set; None where absent or empty."""
+def _element(dataset: Dataset, keyword: str) -> Any:
+    """The element as it was read, neither converted nor fetched; None where absent."""
     tag = tag_for_keyword(keyword)
     assert tag is not None, keyword
-    if tag not in dataset:
-        return None
-    value = dataset.get_item(tag).value
+    return dataset.get_item(tag, keep_deferred=True) if tag in dataset else None
+
+
+def raw(dataset: Dataset, keyword: str) -> Any:
+    """The value as it was read (bytes) or as it was set; None where absent or empty."""
+    element = _element(dataset, keyword)
+    value = element.value if element is not None else None
     return None if value is None or value in ("", b"") else value
 
 
@@ -74,6 +87,16 @@ def string(dataset: Dataset, keyword: str) -> str | None:
     return values[0] if values and values[0] else None
 
 
+def uid(dataset: Dataset, keyword: str) -> str | None:
+    """A UID as it was sent, if it is made of digits and dots and not too long.
+
+    Components with leading zeros break the rules (PS3.5 section 9.1) but occur, and have to be returned as
+    they are.
+    """
+    value = string(dataset, keyword)
+    return value if value is not None and _UID.fullmatch(value) else None
+
+
 def decimals(dataset: Dataset, keyword: str, count: int) -> list[float] | None:
     """The values of a DS element; None unless there are ``count`` of them and all are finite."""
     try:
@@ -91,15 +114,13 @@ def decimal(dataset: Dataset, keyword: str) -> float | None:
 
 def integer(dataset: Dataset, keyword: str) -> int | None:
     """The first value of an IS, US, SS, UL or SL element; None where absent or not a whole number."""
-    tag = tag_for_keyword(keyword)
-    assert tag is not None, keyword
-    if tag not in dataset:
+    element = _element(dataset, keyword)
+    if element is None:
         return None
-    element = dataset.get_item(tag)
     value = element.value
     if isinstance(value, int):
         return int(value)
-    vr = dictionary_VR(tag) if element.VR in (None, "UN") else element.VR
+    vr = dictionary_VR(element.tag) if element.VR in (None, "UN") else element.VR
     if isinstance(value, bytes) and vr in _BYTES_OF:
         first = value[: _BYTES_OF[vr]]
         if len(first) < _BYTES_OF[vr]:
@@ -135,15 +156,12 @@ def text(dataset: Dataset, keyword: str) -> tuple[str, bool]:
 
 def items(dataset: Dataset | None, keyword: str) -> list[Dataset]:
     """The items of a sequence; an empty list where it is absent or cannot be read."""
-    if dataset is None:
-        return []
-    tag = tag_for_keyword(keyword)
-    assert tag is not None, keyword
-    if tag not in dataset:
+    element = _element(dataset, keyword) if dataset is not None else None
+    if dataset is None or element is None:
         return []
     with quiet():
         try:
-            value = dataset[tag].value
+            value = dataset[element.tag].value
         except PARSE_ERRORS:
             return []
     return [item for item in value or [] if isinstance(item, Dataset)]

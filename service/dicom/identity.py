@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydicom.dataset import Dataset
-from pydicom.uid import UID
 
 from models.errors import ReasonCode, Refusal
-from service.dicom.elements import string, text
+from service.dicom.elements import string, text, uid
 
 _TEXTS = (
     "PatientName",
@@ -53,8 +52,7 @@ class Identity:
         elements["StudyTime"] = time if _TIME.fullmatch(time) else ""
         sex = string(header, "PatientSex") or ""
         elements["PatientSex"] = sex if sex in ("M", "F", "O") else ""
-        study = string(header, "StudyInstanceUID") or ""
-        elements["StudyInstanceUID"] = study if UID(study).is_valid else ""
+        elements["StudyInstanceUID"] = uid(header, "StudyInstanceUID") or ""
         if not text(header, "PatientID")[1]:
             elements["PatientID"] = ""  # bytes that no declared character set explains identify nobody
         return Identity(elements["StudyInstanceUID"], elements["PatientID"], elements)

@@ -15,7 +15,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from models.errors import ReasonCode, Refusal
-from service.dicom.elements import PARSE_ERRORS, quiet, string
+from service.dicom.elements import PARSE_ERRORS, quiet, string, uid
 
 _PIXELS = (Tag("FloatPixelData"), Tag("DoubleFloatPixelData"), Tag("PixelData"))
 # fmt: off
@@ -69,7 +69,7 @@ class Instance:
 
     @property
     def sop_instance_uid(self) -> str:
-        return string(self.header, "SOPInstanceUID") or ""
+        return uid(self.header, "SOPInstanceUID") or ""
 
     @property
     def label(self) -> str:
@@ -116,7 +116,9 @@ def read_instance(path: Path, ordinal: int, *, limit_bytes: int) -> Instance:
     try:
         with path.open("rb") as file, quiet():
             read_preamble(file, force=False)
-            syntax = string(_read_file_meta_info(file), "TransferSyntaxUID") or ""
+            syntax = uid(_read_file_meta_info(file), "TransferSyntaxUID") or ""
+            if not syntax:
+                raise InvalidDicomError("no transfer syntax")
             inflated = None
             stream: BinaryIO = file
             if syntax == DeflatedExplicitVRLittleEndian:
@@ -132,7 +134,7 @@ def read_instance(path: Path, ordinal: int, *, limit_bytes: int) -> Instance:
             offset = stream.tell()
             has_pixels = len(stream.read(4)) == 4  # the reader stopped there, or at the end of the file
             return Instance(path, ordinal, header, syntax, offset if has_pixels else None, inflated)
-    except (InvalidDicomError, zlib.error, *PARSE_ERRORS) as error:
+    except PARSE_ERRORS as error:
         raise _unreadable(f"image {ordinal}") from error
 
 

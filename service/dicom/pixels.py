@@ -14,6 +14,7 @@ from typing import Any
 import gdcm
 import numpy as np
 from numpy.typing import NDArray
+from pydicom._uid_dict import UID_dictionary
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
@@ -120,10 +121,10 @@ class PixelFormat:
                 f"{_upper(instance.label)} stores {stored} of {allocated} bits up to bit {high_bit}, "
                 "which is not supported."
             )
-        syntax = UID(instance.transfer_syntax)
+        syntax = instance.transfer_syntax
         if syntax not in _NATIVE and syntax not in _PLUGIN and syntax not in _BY_GDCM:
             raise _unsupported(
-                f"{_upper(instance.label)} is encoded in {syntax.name}, which is not supported."
+                f"{_upper(instance.label)} is encoded in {_name(syntax)}, which is not supported."
             )
         return PixelFormat(rows, columns, allocated, stored, high_bit, representation == 1)
 
@@ -138,7 +139,7 @@ def is_lossy(instance: Instance) -> bool:
 def lossy_method(instance: Instance) -> str:
     """Lossy Image Compression Method: as stated, or of the transfer syntax."""
     return string(instance.header, "LossyImageCompressionMethod") or _METHOD.get(
-        UID(instance.transfer_syntax), "ISO_10918_1"
+        instance.transfer_syntax, "ISO_10918_1"
     )
 
 
@@ -211,16 +212,15 @@ def _significant(plane: NDArray[Any], form: PixelFormat) -> tuple[NDArray[Any], 
 
 
 def _decoded(stream: bytes, instance: Instance, form: PixelFormat) -> tuple[NDArray[Any], bool]:
-    syntax = UID(instance.transfer_syntax)
+    syntax = instance.transfer_syntax
     if syntax in _BY_GDCM:
         return _by_gdcm(stream, instance, form)
-    decoder = get_decoder(syntax)
     plane = next(
-        decoder.iter_array(
+        get_decoder(UID(syntax)).iter_array(
             _encapsulated(stream),
             raw=True,
             decoding_plugin=_PLUGIN[syntax],
-            transfer_syntax_uid=syntax,
+            transfer_syntax_uid=UID(syntax),
             rows=form.rows,
             columns=form.columns,
             number_of_frames=1,
@@ -300,6 +300,11 @@ def _unsupported(sentence: str) -> Refusal:
     return Refusal(
         ReasonCode.UNSUPPORTED_PIXELS, sentence, remedy="Route the series of original greyscale images."
     )
+
+
+def _name(transfer_syntax: str) -> str:
+    known = UID_dictionary.get(transfer_syntax)
+    return known[0] if known else transfer_syntax
 
 
 def _upper(sentence: str) -> str:

@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 
 from models.errors import ReasonCode, Refusal
 from models.volume import Volume, spacing_xyz_mm
-from service.dicom.elements import string, strings
+from service.dicom.elements import string, strings, uid
 from service.dicom.frames import Frame, frames_of, has_plane
 from service.dicom.geometry import GeometryPolicy, Grid, regular_grid
 from service.dicom.identity import Identity, common_identity
@@ -163,7 +163,7 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
         frame_numbers=tuple((index[f.instance], f.number) for f in grid.frames),
         positions_mm=np.array([f.position_mm for f in grid.frames]),
         identity=identity,
-        series_instance_uid=string(ordered[0].header, "SeriesInstanceUID") or "",
+        series_instance_uid=uid(ordered[0].header, "SeriesInstanceUID") or "",
         sop_instance_uids=tuple(instance.sop_instance_uid for instance in ordered),
         modality=string(ordered[0].header, "Modality") or "",
         frame_of_reference_uid=frame_of_reference_uid,
@@ -183,7 +183,8 @@ def _images(instances: list[Instance], policy: GeometryPolicy, warnings: list[st
     for instance in instances:
         sop_class = string(instance.header, "SOPClassUID") or ""
         planar = has_plane(instance.header)
-        if sop_class in _DERIVED or (sop_class not in _PLANAR and not planar):
+        says_nothing = not sop_class and instance.pixels_at is None
+        if sop_class in _DERIVED or not (sop_class in _PLANAR or planar or says_nothing):
             others.append(instance)
         elif instance.pixels_at is None:
             raise Refusal(
@@ -215,7 +216,7 @@ def _one_identity(images: list[Instance], policy: GeometryPolicy) -> Identity:
     identity = common_identity(headers)
     if policy.missing_identity == "refuse":
         identity.require_whole()
-    series = {string(header, "SeriesInstanceUID") or "" for header in headers}
+    series = {uid(header, "SeriesInstanceUID") or "" for header in headers}
     if len(series) > 1:
         raise Refusal(
             ReasonCode.AMBIGUOUS_SERIES,
@@ -233,7 +234,7 @@ def _one_identity(images: list[Instance], policy: GeometryPolicy) -> Identity:
 
 
 def _one_frame_of_reference(images: list[Instance]) -> str | None:
-    uids = {string(image.header, "FrameOfReferenceUID") for image in images}
+    uids = {uid(image.header, "FrameOfReferenceUID") for image in images}
     if len(uids) > 1:
         raise Refusal(
             ReasonCode.NOT_A_VOLUME,
@@ -323,8 +324,9 @@ def _decode(grid: Grid, forms: dict[Instance, PixelFormat], warnings: list[str])
 def _rescale(plane: NDArray[Any], frame: Frame, out: NDArray[np.float32]) -> None:
     if frame.slope == 1.0 and frame.intercept == 0.0:
         out[...] = plane
-    else:  # in float64, so that each value is rounded once
-        out[...] = plane * np.float64(frame.slope) + np.float64(frame.intercept)
+        return
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused with the volume
+        out[...] = plane * np.float64(frame.slope) + np.float64(frame.intercept)  # each value rounded once
 
 
 def _upper(sentence: str) -> str:

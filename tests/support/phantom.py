@@ -38,6 +38,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from models.manifest import Manifest
+
 UNCOMPRESSED = (
     ImplicitVRLittleEndian,
     ExplicitVRLittleEndian,
@@ -382,3 +384,43 @@ def _normal_step(affine: NDArray[np.float64]) -> float:
     """Distance between slices along the normal, in millimetres."""
     normal = np.cross(affine[:3, 0], affine[:3, 1])
     return float(abs(normal @ affine[:3, 2]) / np.linalg.norm(normal))
+
+
+def phantom_manifest(
+    count: int = 3, *, laterality: Sequence[str | None] = (), title: str = "Phantom parts"
+) -> Manifest:
+    """A manifest with ``count`` labels 1, 2, 3, ... whose codes tell them apart."""
+    sides = [*laterality, *[None] * count]
+    concept = {"value": "123037004", "meaning": "Anatomical Structure"}
+    labels = [
+        {
+            "value": value,
+            "name": f"part {value}",
+            "category": concept,
+            "type": {"value": f"99{value:06d}", "scheme": "99SEGNODE", "meaning": f"Part {value}"},
+            "laterality": sides[value - 1],
+            "color_rgb": (value * 40 % 256, value * 90 % 256, 200),
+        }
+        for value in range(1, count + 1)
+    ]
+    return Manifest.model_validate(
+        {
+            "name": "phantom",
+            "version": "1.2.3",
+            "title": title,
+            "intended_use": "Tests",
+            "licence": "Apache-2.0",
+            "channels": [{"name": "image", "normalization": "ZScoreNormalization"}],
+            "labels": labels,
+            "orientation": "RAS",
+            "preprocessing": {
+                "spacing_mm": (1, 1, 1),
+                "resampling_data": {"order": 3},
+                "resampling_probabilities": {"order": 1},
+            },
+            "inference": {"patch_size": (8, 8, 8)},
+            "weights": [{"file": "student.onnx", "sha256": "0" * 64}],
+            "golden": {"images": ["image.nii.gz"], "labelmap": "labelmap.nii.gz"},
+            "provenance": {"method": "none", "data": "none"},
+        }
+    )
