@@ -49,7 +49,8 @@ class SmallNode:
     registry: Registry
 
     def add_model(self, folder: Path, **arguments: object) -> str:
-        """Install and activate a threshold model; its digest."""
+        """Install and activate a threshold model on the grid of the phantoms; its digest."""
+        arguments.setdefault("spacing_mm", (2.0, 1.25, 1.5))
         bundle = make_threshold_bundle(folder, **arguments)  # type: ignore[arg-type]
         self.registry.add(bundle.folder, check_golden=False)
         manifest = bundle.manifest
