@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_harness import ApiHarness
+from dicom_peer import node_settings
+from structlog.testing import capture_logs
 
+from service.dicom.receive import Receiver
 from service.records.database import Records
 from service.records.migrate import upgrade
+from service.spool import Spool
 
 
 @pytest.fixture
@@ -23,6 +28,29 @@ def records(tmp_path: Path) -> Iterator[Records]:
 
 
 @pytest.fixture
-def api(tmp_path: Path, records: Records) -> ApiHarness:
-    """The HTTP interface over empty records, with a key for each role."""
-    return ApiHarness(tmp_path, records, storage={"low_watermark_bytes": 0, "reserve_bytes": 0})
+def api(tmp_path: Path, records: Records) -> Iterator[ApiHarness]:
+    """The HTTP interface over empty records, with a key for each role; its logs go nowhere."""
+    with capture_logs():
+        yield ApiHarness(tmp_path, records, storage={"low_watermark_bytes": 0, "reserve_bytes": 0})
+
+
+@pytest.fixture
+def node_spool(tmp_path: Path) -> Spool:
+    """The spool of a receiver under test."""
+    return Spool(tmp_path / "node" / "spool")
+
+
+@pytest.fixture
+def start_receiver(tmp_path: Path, records: Records, node_spool: Spool) -> Iterator[Callable[..., Receiver]]:
+    """Start a receiver; its settings may be given by section. Stopped at the end of the test."""
+    started = []
+
+    def begin(**sections: Any) -> Receiver:
+        receiver = Receiver(node_settings(tmp_path / "node", **sections), records, node_spool)
+        receiver.start()
+        started.append(receiver)
+        return receiver
+
+    yield begin
+    for receiver in started:
+        receiver.stop()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from api_harness import ApiHarness, assert_problem
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from service.records.database import Records
 
@@ -30,12 +31,15 @@ def test_a_node_without_an_active_model_is_not_ready(api: ApiHarness) -> None:
 def test_a_full_disk_and_lost_records_make_it_not_ready(tmp_path: Path, records: Records) -> None:
     api = ApiHarness(tmp_path, records, storage={"low_watermark_bytes": 1 << 60, "reserve_bytes": 0})
     api.install()
-    response = api.get("/readyz", key=None)
+    with capture_logs():
+        response = api.get("/readyz", key=None)
     assert (response.status_code, response.json()["spool"]) == (503, False)
     records.close()
     (tmp_path / "records.sqlite").unlink()
     (tmp_path / "records.sqlite").mkdir()
-    response = api.get("/readyz", key=None)
+    with capture_logs() as logs:
+        response = api.get("/readyz", key=None)
+    assert [line["event"] for line in logs] == ["readiness.records", "readiness.spool"]
     assert (response.status_code, response.json()["records"]) == (503, False)
     assert "sqlite" not in response.text
     assert api.get("/healthz", key=None).status_code == 200

@@ -9,7 +9,6 @@ import io
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -257,23 +256,22 @@ def test_without_a_key_no_byte_is_read(small: ApiHarness) -> None:
 
 
 @pytest.fixture
-def no_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A default folder for temporary files that nothing can be written to."""
     missing = tmp_path / "no-tmp"
     for name in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.setenv(name, str(missing))
     monkeypatch.setattr(tempfile, "tempdir", str(missing))
-    with pytest.raises(FileNotFoundError):
-        tempfile.TemporaryFile()
-    yield
+    with pytest.raises(FileNotFoundError), tempfile.TemporaryFile():
+        pass
 
 
 @pytest.mark.usefixtures("no_tmp")
 def test_an_upload_needs_no_default_temporary_folder(api: ApiHarness) -> None:
     api.install()
     noise = os.urandom(3 << 20)  # over every threshold from which form parsers spool to files
-    volume = np.frombuffer(noise, np.uint8).reshape(3, 1024, 1024).astype(np.float32)
-    assert api.upload(nifti(api.folder, volume)).status_code == 202
+    volume = nibabel.Nifti1Image(np.frombuffer(noise, np.uint8).reshape(3, 1024, 1024), np.eye(4))
+    assert api.upload(volume.to_bytes(), name="image.nii").status_code == 202
 
 
 def part(name: str, value: bytes = b"x", *, file: bool = False) -> bytes:
