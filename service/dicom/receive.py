@@ -357,6 +357,11 @@ def _name_storage_classes(event: Any) -> dict[str, SOPClassCommonExtendedNegotia
 
 
 def _on_connection_closed(event: Any) -> None:
-    if isinstance(event.assoc.dimse, ReceivingDimse):
-        event.assoc.dimse.discard()
-        event.assoc.dimse.discard_unserved()
+    association = event.assoc
+    if association.requestor.primitive is None:
+        # pynetdicom would wait on for an A-ASSOCIATE-RQ: every probe of the port would hold one of the
+        # associations that are allowed.
+        association.dul.to_user_queue.put(None)
+    if isinstance(association.dimse, ReceivingDimse):
+        association.dimse.discard()
+        association.dimse.discard_unserved()

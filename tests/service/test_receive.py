@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from dicom_peer import (
     data_set_of,
     encode,
     make_object,
-    node_settings,
 )
 from phantom import write_classic_series
 from pydicom import dcmread
@@ -61,24 +59,13 @@ DESIGNED_SYNTAXES = [
 
 
 @pytest.fixture
-def spool(tmp_path: Path) -> Spool:
-    return Spool(tmp_path / "node" / "spool")
+def spool(node_spool: Spool) -> Spool:
+    return node_spool
 
 
 @pytest.fixture
-def start(tmp_path: Path, records: Records, spool: Spool) -> Iterator[Start]:
-    """Start a receiver; its settings may be given by section. Stopped at the end of the test."""
-    started = []
-
-    def begin(**sections: Any) -> Receiver:
-        receiver = Receiver(node_settings(tmp_path / "node", **sections), records, spool)
-        receiver.start()
-        started.append(receiver)
-        return receiver
-
-    yield begin
-    for receiver in started:
-        receiver.stop()
+def start(start_receiver: Start) -> Start:
+    return start_receiver
 
 
 def instances(records: Records) -> list[Instance]:
