@@ -90,6 +90,7 @@ class Segmenter:
         check_logits_resampling(manifest.preprocessing.resampling_probabilities)
         if cache_dir is not None:
             kernels.keep_compiled_code_in(cache_dir / "kernels")
+        kernels.warm_up(label_type(manifest))
         models = [onnx.load(path, load_external_data=False) for path in paths]
         self._head, self._channels = _take_heads(models, manifest)
         shape = (1, len(manifest.channels), *manifest.inference.patch_size)

@@ -41,7 +41,7 @@ def gaussian_weights(patch: Triple) -> NDArray[np.float32]:
     z, y, x = lines
     weights = z[:, None, None] * y[:, None] * x
     weights /= weights.max() / _PEAK
-    rounded = weights.astype(np.float16)
+    rounded = weights.astype(np.float32).astype(np.float16)  # in two steps, as torch rounds float64
     rounded[rounded == 0] = rounded[rounded > 0].min()
     return np.asarray(rounded.astype(np.float32))
 
