@@ -110,7 +110,7 @@ def _too_many(folder: Path) -> None:
         (lambda f: (f / "golden/labelmap.nii.gz").unlink(), "'golden/labelmap.nii.gz'"),
         (lambda f: (f / "extra.txt").touch(), "'extra.txt'"),
         (lambda f: (f / "golden/extra.txt").touch(), "'golden/extra.txt'"),
-        (lambda f: (f / ".hidden").touch(), "'.hidden'"),
+        (lambda f: (f / ".hidden").touch(), r"'\.hidden' is not a file name"),
         (lambda f: (f / "weights").mkdir(), "sub-folder 'weights'"),
         (lambda f: (f / "golden/deep").mkdir(), "sub-folder 'golden/deep'"),
         (lambda f: os.mkfifo(f / "pipe"), "'pipe' is not a plain file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import stat
 import struct
 import subprocess
@@ -160,8 +161,27 @@ def test_an_entry_that_is_larger_than_it_says_is_refused(packed: bytes, tmp_path
     (declared,) = struct.unpack_from("<L", data, start + 24)
     struct.pack_into("<L", data, start + 24, declared - 1)
     (tmp_path / "lie.zip").write_bytes(data)
-    with pytest.raises(BundleError, match=r"damaged|larger"):
+    with pytest.raises(BundleError, match="damaged"):
         unpack_zip(tmp_path / "lie.zip", tmp_path / "into", limit_bytes=LIMIT_BYTES)
+
+
+def test_a_bomb_that_declares_a_small_size_writes_no_more_than_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros.onnx", bytes(64 << 20))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<L", data, data.index(b"PK\x01\x02") + 24, 1000)
+    path.write_bytes(data)
+    written: list[int] = []
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda folder: written.append((folder / "zeros.onnx").stat().st_size)
+    )
+    with pytest.raises(BundleError):
+        unpack_zip(path, tmp_path / "into", limit_bytes=LIMIT_BYTES)
+    assert len(written) == 1
+    assert written[0] <= 1000
 
 
 def test_an_entry_that_is_smaller_than_it_says_is_refused(packed: bytes, tmp_path: Path) -> None:
@@ -170,7 +190,7 @@ def test_an_entry_that_is_smaller_than_it_says_is_refused(packed: bytes, tmp_pat
     (declared,) = struct.unpack_from("<L", data, start + 24)
     struct.pack_into("<L", data, start + 24, declared + 1)
     (tmp_path / "lie.zip").write_bytes(data)
-    with pytest.raises(BundleError, match=r"damaged|shorter"):
+    with pytest.raises(BundleError, match="shorter"):
         unpack_zip(tmp_path / "lie.zip", tmp_path / "into", limit_bytes=LIMIT_BYTES)
 
 

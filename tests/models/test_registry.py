@@ -312,6 +312,15 @@ def test_activate_and_roll_back(models: Registry, make: Make) -> None:
 def test_activating_the_active_version_again_adds_no_step_back(models: Registry, make: Make) -> None:
     _add_and_activate(models, make("1.0.0"), make("1.1.0"))
     models.activate("threshold", "1.1.0")
+    document = json.loads((models.root / "threshold" / "active.json").read_text())
+    assert document["history"] == ["1.0.0", "1.1.0"]
+    assert models.rollback("threshold").manifest.version == "1.0.0"
+
+
+def test_rolling_back_skips_what_is_active_anyway(models: Registry, make: Make) -> None:
+    _add_and_activate(models, make("1.0.0"), make("1.1.0"), make("1.2.0"))
+    models.activate("threshold", "1.1.0")
+    models.withdraw("threshold", "1.2.0")
     assert models.rollback("threshold").manifest.version == "1.0.0"
 
 
