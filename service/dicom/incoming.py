@@ -281,6 +281,16 @@ def arm_connection(association_socket: Any, timeout_s: float) -> None:
     association_socket.recv = partial(_receive, connection)
 
 
+def close_connection(event: Any) -> None:
+    """Close the socket of a connection that has ended, as a handler of EVT_CONN_CLOSE.
+
+    Where the peer has gone first, pynetdicom fails to shut the socket down and leaves it open.
+    """
+    connection = event.assoc.dul.socket.socket
+    if connection is not None:
+        connection.close()
+
+
 def _receive(connection: socket.socket, count: int) -> bytearray:
     """Up to ``count`` bytes, fewer only at the end of the stream; an OSError closes the connection."""
     if count > _MAXIMUM_PDU_READ_BYTES:

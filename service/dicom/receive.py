@@ -30,6 +30,7 @@ from service.dicom.incoming import (
     ReceivingDimse,
     StoreRefusedError,
     arm_connection,
+    close_connection,
 )
 from service.dicom.received_header import ReceivedHeader, is_uid, read_received_header
 from service.dicom.throttle import Throttle
@@ -97,6 +98,7 @@ class Receiver:
                 (evt.EVT_SOP_COMMON, _name_storage_classes),
                 (evt.EVT_C_ECHO, _on_echo),
                 (evt.EVT_C_STORE, self._on_store),
+                (evt.EVT_CONN_CLOSE, close_connection),
                 (evt.EVT_CONN_CLOSE, _on_connection_closed),
             ],
         )

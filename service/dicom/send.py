@@ -25,6 +25,7 @@ from service.dicom.incoming import (
     IMPLEMENTATION_VERSION_NAME,
     MAXIMUM_PDU_BYTES,
     arm_connection,
+    close_connection,
 )
 from service.settings import Destination
 
@@ -189,7 +190,10 @@ class _Association:
                 contexts=contexts,
                 ae_title=destination.ae_title,
                 max_pdu=MAXIMUM_PDU_BYTES,
-                evt_handlers=[(evt.EVT_CONN_OPEN, self._on_connection)],
+                evt_handlers=[
+                    (evt.EVT_CONN_OPEN, self._on_connection),
+                    (evt.EVT_CONN_CLOSE, close_connection),
+                ],
             )
         except OSError as error:  # the host name is not known
             self.failure = SendOutcome(OutcomeKind.RETRY, error=f"{where}: {error.strerror or 'no address'}.")

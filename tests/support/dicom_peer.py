@@ -15,6 +15,7 @@ from pynetdicom import AE, dsutils, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.presentation import build_context
 
+from service.dicom.incoming import close_connection
 from service.settings import Settings
 
 MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
@@ -155,7 +156,7 @@ def associated(
         port,
         ae_title=called_ae_title,
         contexts=[build_context(uid, list(syntaxes)) for uid, syntaxes in contexts],
-        evt_handlers=[(evt.EVT_C_STORE, lambda _event: 0x0000)],
+        evt_handlers=[(evt.EVT_CONN_CLOSE, close_connection)],
     )
     try:
         yield Sender(association)

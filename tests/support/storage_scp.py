@@ -14,6 +14,8 @@ from pynetdicom import AE, evt
 from pynetdicom.presentation import AllStoragePresentationContexts
 from pynetdicom.sop_class import Verification
 
+from service.dicom.incoming import close_connection
+
 
 @dataclass(frozen=True)
 class StoredObject:
@@ -79,7 +81,11 @@ class StorageScp:
         self._server = self._entity.start_server(
             ("127.0.0.1", self._port),
             block=False,
-            evt_handlers=[(evt.EVT_C_STORE, self._on_store), (evt.EVT_ACCEPTED, self._on_accepted)],
+            evt_handlers=[
+                (evt.EVT_C_STORE, self._on_store),
+                (evt.EVT_ACCEPTED, self._on_accepted),
+                (evt.EVT_CONN_CLOSE, close_connection),
+            ],
         )
         return self
 
