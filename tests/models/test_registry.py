@@ -13,7 +13,7 @@ import pytest
 from bundle_factory import make_threshold_bundle
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from models import bundle_cache, registry
+from models import bundle_cache, golden, registry
 from models.bundle import Bundle, pack_zip, seal
 from models.errors import (
     BundleError,
@@ -50,6 +50,22 @@ def models(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "registry")
 
 
+@pytest.fixture(autouse=True)
+def golden_ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The versions whose golden case would have been run: most tests are about files, not networks."""
+    ran: list[str] = []
+    monkeypatch.setattr(
+        registry, "check_golden_case_everywhere", lambda bundle, **_: ran.append(bundle.manifest.version)
+    )
+    return ran
+
+
+@pytest.fixture
+def real_golden_cases(golden_ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Golden cases run after all."""
+    monkeypatch.setattr(registry, "check_golden_case_everywhere", golden.check_golden_case_everywhere)
+
+
 def _add_and_activate(models: Registry, *folders: Path) -> None:
     for folder in folders:
         bundle = models.add(folder, check_golden=False)
@@ -67,6 +83,7 @@ def test_making_a_registry_touches_nothing(models: Registry) -> None:
     assert not models.root.exists()
 
 
+@pytest.mark.usefixtures("real_golden_cases")
 def test_a_folder_is_installed_but_not_activated(models: Registry, make: Make) -> None:
     source = make()
     bundle = models.add(source)
@@ -116,12 +133,14 @@ def test_a_bad_bundle_leaves_nothing(models: Registry, make: Make, tmp_path: Pat
     assert _nothing_installed(models)
 
 
+@pytest.mark.usefixtures("real_golden_cases")
 def test_a_golden_case_that_disagrees_is_not_installed(models: Registry, make: Make) -> None:
     with pytest.raises(GoldenCaseError):
         models.add(make(golden="wrong"))
     assert _nothing_installed(models)
 
 
+@pytest.mark.usefixtures("real_golden_cases")
 def test_a_golden_case_left_out_when_adding_is_run_when_activating(models: Registry, make: Make) -> None:
     models.add(make(golden="wrong"), check_golden=False)
     with pytest.raises(GoldenCaseError):
@@ -129,19 +148,15 @@ def test_a_golden_case_left_out_when_adding_is_run_when_activating(models: Regis
     assert models.active_version("threshold") is None
 
 
-def test_the_golden_case_is_run_once(models: Registry, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-    monkeypatch.setattr(
-        registry, "check_golden_case_everywhere", lambda bundle, **_: ran.append(bundle.manifest.version)
-    )
+def test_the_golden_case_is_run_once(models: Registry, make: Make, golden_ran: list[str]) -> None:
     models.add(make("1.0.0"))
     models.activate("threshold", "1.0.0")
-    assert ran == ["1.0.0"]
+    assert golden_ran == ["1.0.0"]
     models.add(make("1.1.0"), check_golden=False)
     models.activate("threshold", "1.1.0")
     models.activate("threshold", "1.0.0")
     models.activate("threshold", "1.1.0")
-    assert ran == ["1.0.0", "1.1.0"]
+    assert golden_ran == ["1.0.0", "1.1.0"]
 
 
 def test_adding_twice_changes_nothing(models: Registry, make: Make) -> None:
@@ -505,6 +520,24 @@ def test_an_unsigned_version_from_before_is_not_run_until_it_is_added_signed(
     sign(source, KEY)
     strict.add(source, check_golden=False)
     assert strict.active("threshold").digest == Bundle.open(source).digest
+
+
+def test_a_signature_that_comes_later_is_kept(models: Registry, make: Make) -> None:
+    source = make()
+    models.add(source)
+    sign(source, KEY)
+    folder = models.add(source).folder
+    assert (folder / "SHA256SUMS.sig").read_bytes() == (source / "SHA256SUMS.sig").read_bytes()
+
+
+def test_runtimes_are_those_that_are_asked_for(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(registry, "check_golden_case_everywhere", lambda _, runtimes: asked.append(runtimes))
+    Registry(tmp_path / "one", runtimes=["onnxruntime"]).add(make())
+    Registry(tmp_path / "two").add(make())
+    assert asked == [("onnxruntime",), None]
 
 
 # Several at once
