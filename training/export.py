@@ -6,11 +6,10 @@ computes, the bundle's own checks pass, and the engine gives the golden labelmap
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version as library_version
@@ -35,6 +34,7 @@ from training.card import model_card
 from training.checkpoint import file_digest
 from training.description import Description, generic_description, read_description
 from training.errors import ExportError
+from training.evaluate import Evaluation
 from training.golden_files import write_golden_case
 from training.onnx_export import Agreement, compare_with_torch, export_onnx
 from training.plans import intensity_of, preprocessing_of
@@ -65,7 +65,7 @@ class ExportRequest:
     teacher: Path | None = None
     method: str = "nnU-Net training without a teacher"
     recipe: str | None = None
-    metrics: Path | None = None
+    metrics: Metrics | None = None
 
 
 @dataclass(frozen=True)
@@ -194,25 +194,45 @@ def _manifest(
             golden=golden,
             input_limits=description.input_limits,
             provenance=_provenance(request, results, description),
-            metrics=None if request.metrics is None else read_metrics(request.metrics),
+            metrics=request.metrics,
         )
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ExportError(f"The manifest would not be valid: {problems}.") from error
 
 
-def read_metrics(path: Path) -> Metrics:
-    """Figures for the manifest from a JSON file with the manifest's own fields.
+def metrics_of(evaluations: Mapping[str, Evaluation], evaluated_on: str) -> Metrics:
+    """The manifest's figures from evaluations on the same cases: mean Dice per label.
+
+    Parameters
+    ----------
+    evaluations : mapping
+        By what each is of: ``teacher``, or a precision of the student such as ``float32``.
+    evaluated_on : str
+        What the cases are, for a person to read.
 
     Raises
     ------
     ExportError
-        If it is not understood.
+        If there is none, or they are of different cases or labels.
     """
-    try:
-        return Metrics.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path.name} holds no metrics: {error}") from error
+    if not evaluations:
+        raise ExportError("There is no evaluation to take figures from.")
+    first = next(iter(evaluations.values()))
+    for name, other in evaluations.items():
+        if (other.case_names, other.label_names) != (first.case_names, first.label_names):
+            raise ExportError(
+                f"The evaluation {name!r} is of other cases or labels than the first.",
+                remedy="Evaluate every model with the same labels file on the same list of cases.",
+            )
+    return Metrics(
+        evaluated_on=evaluated_on,
+        cases=len(first.cases),
+        dice={
+            name: {label: round(one.summary("dice", label).mean, 4) for label in one.label_names}
+            for name, one in evaluations.items()
+        },
+    )
 
 
 def _provenance(request: ExportRequest, results: ResultsFolder, description: Description) -> Provenance:

@@ -31,15 +31,17 @@ from typer.testing import CliRunner
 from models.bundle import Bundle
 from models.errors import GoldenCaseError
 from models.golden import check_golden_case_everywhere, dice_per_label
-from models.manifest import Head, NormalizationScheme
+from models.manifest import Head, Metrics, NormalizationScheme
 from models.nifti import read_labelmap, read_nifti
 from models.segmenter import Segmenter
 from models.volume import axis_codes
 from training.cli import build_app
 from training.description import BODY_STRUCTURE, distinct_color, read_description, template
 from training.errors import ExportError, LabelsFileError, TrainingDataError
-from training.export import Exported, ExportRequest, export_bundle, source_commit, width_of
+from training.evaluate import CaseResult, Evaluation
+from training.export import Exported, ExportRequest, export_bundle, metrics_of, source_commit, width_of
 from training.icbm_crop import icbm_crop
+from training.metrics import Agreement
 from training.onnx_export import compare_with_torch
 from training.reference import make_predictor, predict_labelmap
 from training.teacher import ResultsFolder
@@ -423,11 +425,8 @@ def test_the_teacher_and_the_width_are_on_record(request_: ExportRequest, tmp_pa
     plans = tiny_plans()
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [16, 32]
     teacher = write_results(tmp_path / "teacher", plans)
-    metrics = {"evaluated_on": "nothing", "cases": 1, "dice": {"float32": {"Core": 0.5, "Shell": 0.25}}}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    request = replace(
-        request_, output=tmp_path / "out", teacher=teacher, metrics=tmp_path / "metrics.json", recipe="dcd"
-    )
+    metrics = Metrics(evaluated_on="nothing", cases=1, dice={"float32": {"Core": 0.5, "Shell": 0.25}})
+    request = replace(request_, output=tmp_path / "out", teacher=teacher, metrics=metrics, recipe="dcd")
     manifest = export_bundle(request).bundle.manifest
     assert manifest.provenance.teacher_digest == ResultsFolder.open(teacher).digest
     assert manifest.provenance.width == "1/2"
@@ -437,10 +436,31 @@ def test_the_teacher_and_the_width_are_on_record(request_: ExportRequest, tmp_pa
     assert "| float32 | 0.5000 | 0.2500 |" in (tmp_path / "out" / "card.md").read_text()
 
 
-def test_metrics_that_are_none_are_refused(request_: ExportRequest, tmp_path: Path) -> None:
-    (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(ExportError, match="holds no metrics"):
-        export_bundle(replace(request_, output=tmp_path / "out", metrics=tmp_path / "metrics.json"))
+def evaluation(dice: list[float], *, case: str = "a") -> Evaluation:
+    """An evaluation of one label on as many cases as there are figures."""
+
+    def agreement(value: float) -> Agreement:
+        return Agreement(dice=value, nsd=1.0, hd95_mm=0.0, reference_ml=1.0, predicted_ml=1.0)
+
+    return Evaluation(
+        name="x",
+        bundle_digest="0" * 64,
+        precision="float32",
+        runtime="onnxruntime",
+        tolerance_mm=1.0,
+        peak_memory_bytes=1,
+        cases=tuple(CaseResult(f"{case}{i}", 1.0, {"Core": agreement(d)}) for i, d in enumerate(dice)),
+    )
+
+
+def test_figures_are_means_over_the_same_cases() -> None:
+    metrics = metrics_of({"teacher": evaluation([0.5, 1.0]), "float32": evaluation([0.25, 0.5])}, "two cases")
+    assert metrics.dice == {"teacher": {"Core": 0.75}, "float32": {"Core": 0.375}}
+    assert (metrics.cases, metrics.evaluated_on) == (2, "two cases")
+    with pytest.raises(ExportError, match="'float32' is of other cases"):
+        metrics_of({"teacher": evaluation([0.5]), "float32": evaluation([0.5], case="b")}, "x")
+    with pytest.raises(ExportError, match="no evaluation"):
+        metrics_of({}, "x")
 
 
 def test_a_width_is_a_fraction_where_one_says_it() -> None:
@@ -469,10 +489,13 @@ def test_the_command_exports(request_: ExportRequest, tmp_path: Path) -> None:
     arguments = ["export", request_.results, "--name", "balls", "-o", tmp_path / "out", "--version", "1.2.3"]
     arguments += ["--golden-image", request_.golden_images[0], "--labels-file", request_.labels_file]
     arguments += ["--training-images", tmp_path / "imagesTr", "--fold", "0"]
+    evaluation([0.5]).save(tmp_path / "student.json")
+    arguments += ["--evaluation", f"float32={tmp_path / 'student.json'}", "--evaluated-on", "one case"]
     result = CliRunner().invoke(build_app(), [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     bundle = Bundle.open(tmp_path / "out")
     assert (bundle.manifest.version, bundle.manifest.orientation) == ("1.2.3", "LPS")
+    assert bundle.manifest.metrics == metrics_of({"float32": evaluation([0.5])}, "one case")
     assert f"model digest {bundle.digest}" in result.output
     assert "golden case, Shell: Dice 1.0" in result.output
 

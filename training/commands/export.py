@@ -49,12 +49,20 @@ def export(
     ] = None,
     method: Annotated[str, typer.Option(help="How it was trained.")] = "nnU-Net training without a teacher",
     recipe: Annotated[str | None, typer.Option(help="Name of the recipe.")] = None,
-    metrics: Annotated[Path | None, typer.Option(help="JSON with measured figures, for model.json.")] = None,
+    evaluation: Annotated[
+        list[str] | None,
+        typer.Option(help="Measured figures: teacher=FILE or float32=FILE, of `evaluate`; repeatable."),
+    ] = None,
+    evaluated_on: Annotated[str, typer.Option(help="What the evaluated cases are.")] = "cases not named",
 ) -> None:
     """Export a trained model as a bundle, and prove that the bundle does what the model does."""
     from training.environment import configure_nnunet
-    from training.export import ExportRequest, export_bundle
+    from training.evaluate import Evaluation
+    from training.export import ExportRequest, export_bundle, metrics_of
 
+    evaluations = {
+        model: Evaluation.load(Path(path)) for model, _, path in (e.partition("=") for e in evaluation or ())
+    }
     configure_nnunet()
     exported = export_bundle(
         ExportRequest(
@@ -75,7 +83,7 @@ def export(
             teacher=teacher,
             method=method,
             recipe=recipe,
-            metrics=metrics,
+            metrics=metrics_of(evaluations, evaluated_on) if evaluations else None,
         )
     )
     console = Console()
