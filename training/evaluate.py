@@ -7,6 +7,7 @@ cases, against the reference labels.
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import numpy as np
 
 from models.bundle import Bundle
 from models.manifest import Precision
-from models.nifti import read_labelmap, read_nifti
+from models.nifti import read_labelmap, read_nifti, write_nifti
 from models.segmenter import Segmenter
 from models.volume import spacing_xyz_mm
 from training.errors import TrainingDataError
@@ -38,13 +39,17 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One bundle, in one precision on one runtime, over a list of cases."""
+    """One bundle, in one precision on one runtime, over a list of cases.
+
+    ``peak_memory_bytes`` is the most that the whole process held, libraries and all.
+    """
 
     name: str
     bundle_digest: str
     precision: str
     runtime: str
     tolerance_mm: float
+    peak_memory_bytes: int
     cases: tuple[CaseResult, ...]
 
     def values(self, metric: str, label: str | None = None) -> list[float]:
@@ -66,6 +71,11 @@ class Evaluation:
     @property
     def case_names(self) -> tuple[str, ...]:
         return tuple(result.case for result in self.cases)
+
+    @property
+    def mean_seconds(self) -> float:
+        """Mean time of a case in the engine, reading and writing left out."""
+        return float(np.mean([result.seconds for result in self.cases]))
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +113,7 @@ def evaluate(
     runtime: str = "auto",
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     cache_dir: Path | None = None,
+    labelmaps: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run a bundle over cases and compare with their reference labels.
@@ -119,6 +130,8 @@ def evaluate(
         What the evaluation is called in tables, for example "quarter, dcd".
     tolerance_mm : float
         Of the surface Dice.
+    labelmaps : Path, optional
+        Folder for the predicted labelmaps, ``<case>.nii.gz``; they are not kept otherwise.
 
     Raises
     ------
@@ -136,6 +149,9 @@ def evaluate(
             started = time.perf_counter()
             predicted = segmenter.segment(volume)
             seconds = time.perf_counter() - started
+            if labelmaps is not None:
+                labelmaps.mkdir(parents=True, exist_ok=True)
+                write_nifti(predicted, labelmaps / f"{case}.nii.gz")
             reference = read_labelmap(cases.label_path(case))
             if reference.array.shape != predicted.array.shape:
                 raise TrainingDataError(
@@ -156,6 +172,7 @@ def evaluate(
             precision=str(segmenter.precision),
             runtime=segmenter.runtime_name,
             tolerance_mm=tolerance_mm,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             cases=tuple(results),
         )
     finally:

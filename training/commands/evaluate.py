@@ -31,6 +31,7 @@ def evaluate(
         str | None, typer.Option(help="float32 or int8; the bundle's own if left out.")
     ] = None,
     runtime: Annotated[str, typer.Option(help="auto, openvino, onnxruntime or onnxruntime-cuda.")] = "auto",
+    labelmaps: Annotated[Path | None, typer.Option(help="Folder to keep the predicted labelmaps in.")] = None,
     tolerance_mm: Annotated[float, typer.Option(help="Tolerance of the surface Dice, in millimetres.")] = 1.0,
 ) -> None:
     """Measure Dice, surface Dice and HD95 per label, with the engine that serves the bundle."""
@@ -54,6 +55,7 @@ def evaluate(
             precision=Precision(precision) if precision else None,
             runtime=runtime,
             tolerance_mm=tolerance_mm,
+            labelmaps=labelmaps,
             progress=lambda done, _: bar.update(task, completed=done),
         )
     result.save(output)
