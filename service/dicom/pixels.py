@@ -1,8 +1,7 @@
 """Stored values of frames, from every transfer syntax that the node accepts.
 
-One decoder is chosen for each transfer syntax and never another tried after it: GDCM ends the process on
-some RLE frames, so it gets only the two processes that nothing else here decodes, JPEG lossless and 12-bit
-JPEG.
+One decoder is chosen for each transfer syntax and never another tried after it. GDCM is none of them: it
+ends the whole process on some damaged JPEG and RLE frames, where a refusal of one series is wanted.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import gdcm
 import numpy as np
 from numpy.typing import NDArray
 from pydicom._uid_dict import UID_dictionary
@@ -41,6 +39,7 @@ from models.errors import ReasonCode, Refusal
 from service.dicom.codestreams import jpeg2000_frame_header, jpeg_frame_header
 from service.dicom.elements import PARSE_ERRORS, decimal, integer, quiet, raw, string
 from service.dicom.instances import Instance
+from service.dicom.jpeg import decode_jpeg
 
 _NATIVE = frozenset(
     {ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian}
@@ -56,8 +55,8 @@ _PLUGIN = {
     HTJ2KLosslessRPCL: "pylibjpeg",
     HTJ2K: "pylibjpeg",
 }
-_BY_GDCM = frozenset({JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1})
-_JPEG = frozenset({JPEGBaseline8Bit, *_BY_GDCM, JPEGLSLossless, JPEGLSNearLossless})
+_OWN = frozenset({JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1})
+_JPEG = frozenset({JPEGBaseline8Bit, *_OWN, JPEGLSLossless, JPEGLSNearLossless})
 _JPEG2000 = frozenset({JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K})
 _ALWAYS_LOSSY = frozenset({JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless})
 _MAYBE_LOSSY = frozenset({JPEG2000, HTJ2K})
@@ -122,7 +121,7 @@ class PixelFormat:
                 "which is not supported."
             )
         syntax = instance.transfer_syntax
-        if syntax not in _NATIVE and syntax not in _PLUGIN and syntax not in _BY_GDCM:
+        if syntax not in _NATIVE and syntax not in _PLUGIN and syntax not in _OWN:
             raise _unsupported(
                 f"{_upper(instance.label)} is encoded in {_name(syntax)}, which is not supported."
             )
@@ -213,8 +212,8 @@ def _significant(plane: NDArray[Any], form: PixelFormat) -> tuple[NDArray[Any], 
 
 def _decoded(stream: bytes, instance: Instance, form: PixelFormat) -> tuple[NDArray[Any], bool]:
     syntax = instance.transfer_syntax
-    if syntax in _BY_GDCM:
-        return _by_gdcm(stream, instance, form)
+    if syntax in _OWN:
+        return _jpeg(stream, form)
     plane = next(
         get_decoder(UID(syntax)).iter_array(
             _encapsulated(stream),
@@ -232,34 +231,19 @@ def _decoded(stream: bytes, instance: Instance, form: PixelFormat) -> tuple[NDAr
             pixel_keyword="PixelData",
         )
     )[0]
-    return _significant(plane, form) if syntax == RLELossless else (plane, False)
+    if syntax in _ALWAYS_LOSSY or syntax in _MAYBE_LOSSY:
+        return plane, False  # a value may lie a little outside its bits, and must not wrap around
+    return _significant(plane.astype(form.dtype, copy=False), form)
 
 
-def _by_gdcm(stream: bytes, instance: Instance, form: PixelFormat) -> tuple[NDArray[Any], bool]:
-    """Decode a JPEG frame by GDCM, always as unsigned: asked for signed 12-bit samples it returns zeros."""
-    header = jpeg_frame_header(stream)
-    assert header is not None
-    bits = 8 if header.precision <= 8 else 16
-    fragment = gdcm.Fragment()
-    fragment.SetByteStringValue(stream)
-    fragments = gdcm.SequenceOfFragments.New()
-    fragments.AddFragment(fragment)
-    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
-    element.SetValue(fragments.__ref__())
-    image = gdcm.Image()
-    image.SetNumberOfDimensions(2)
-    image.SetDimensions((form.columns, form.rows, 1))
-    image.SetDataElement(element)
-    kind = gdcm.PhotometricInterpretation.GetPIType("MONOCHROME2")
-    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(kind))
-    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(instance.transfer_syntax)))
-    image.SetPixelFormat(gdcm.PixelFormat(1, bits, header.precision, header.precision - 1, 0))
-    buffer = image.GetBuffer().encode("utf-8", "surrogateescape")
-    plane = np.frombuffer(buffer, f"<u{bits // 8}").reshape(form.rows, form.columns)
+def _jpeg(stream: bytes, form: PixelFormat) -> tuple[NDArray[Any], bool]:
+    plane = decode_jpeg(stream)
     if not form.signed:
         return plane, False
-    shift = bits - min(header.precision, form.bits_stored)
-    return np.right_shift(np.left_shift(plane, shift).view(f"i{bits // 8}"), shift), False
+    header = jpeg_frame_header(stream)
+    assert header is not None, "the frame header was checked before"
+    unused = 16 - min(header.precision, form.bits_stored)  # JPEG knows no sign: it is the highest stored bit
+    return np.right_shift(np.left_shift(plane, unused).view(np.int16), unused), False
 
 
 def _check_codestream(stream: bytes, instance: Instance, form: PixelFormat) -> None:
