@@ -55,6 +55,7 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
     import uvicorn
 
     from service.api import create_app
+    from service.api.protocol import GuardedProtocol
 
     node.registry.seed()
     http = node.settings.http
@@ -63,6 +64,7 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=GuardedProtocol,
                 log_config=None,
                 access_log=False,
                 server_header=False,
