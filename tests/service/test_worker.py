@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -38,7 +39,7 @@ class Scene:
         self.node: SmallNode = make_node(folder)
         self.folder = folder
         self.script_folder = script_folder
-        self.digest = self.node.add_model(folder / "bundle")
+        self.digest = self.node.registry.active("threshold").digest
         self._worker: Worker | None = None
 
     def script(self, *acts: str, **worker: object) -> Worker:
@@ -91,8 +92,19 @@ class Scene:
         self.node.records.close()
 
 
+@pytest.fixture(scope="module")
+def node_with_a_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder of a node that has never worked, to be copied."""
+    folder = tmp_path_factory.mktemp("template")
+    node = make_node(folder / "node")
+    node.add_model(folder / "bundle")
+    node.records.close()
+    return folder / "node"
+
+
 @pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+def scene(tmp_path: Path, node_with_a_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    shutil.copytree(node_with_a_model, tmp_path / "node")
     made = Scene(tmp_path / "node", tmp_path / "script")
     command = (sys.executable, scripted_child.__file__, str(made.script_folder))
     monkeypatch.setattr(inference, "COMMAND", command)
