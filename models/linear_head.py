@@ -36,6 +36,8 @@ def find_head(model: onnx.ModelProto) -> LinearHead | None:
     conv = _last_node(graph)
     if conv is None or conv.op_type != "Conv":
         return None
+    if any(conv.input[0] == value.name for value in graph.input):
+        return None  # nothing would be left to run
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in conv.attribute}
     plain = (
         math.prod(attributes.get("strides", [1])) == 1

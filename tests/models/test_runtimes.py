@@ -166,11 +166,13 @@ def test_features_and_head_make_the_logits(
 def conv_model(**attributes: Any) -> onnx.ModelProto:
     kernel = attributes.pop("kernel", (1, 1, 1))
     outputs = attributes.pop("outputs", 9)
-    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=kernel, **attributes)
+    source = attributes.pop("source", "f")
+    before = onnx.helper.make_node("Relu", ["x"], ["f"])
+    node = onnx.helper.make_node("Conv", [source, "w"], ["y"], kernel_shape=kernel, **attributes)
     weights = np.ones((outputs, 4 // attributes.get("group", 1), *kernel), np.float32)
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
-        [node],
+        [before, node],
         "conv",
         [value("x", 1, [1, 4, 8, 8, 8])],
         [value("y", 1, ["n", "c", "z", "y", "x"])],
@@ -194,6 +196,7 @@ def test_a_convolution_without_bias_is_a_head() -> None:
         {"group": 2, "outputs": 10},
         {"outputs": 4},
         {"auto_pad": "SAME_UPPER"},
+        {"source": "x"},
     ],
 )
 def test_what_is_no_head(attributes: dict[str, Any]) -> None:
@@ -214,7 +217,7 @@ def test_a_quantized_head_is_dequantized() -> None:
     wanted = (codes[..., 0, 0, 0].astype(float) - zero[:, None]) * scale[:, None]
     np.testing.assert_allclose(head.matrix, wanted, rtol=1e-6)
     remove_head(model)
-    assert not graph.node
+    assert [node.op_type for node in graph.node] == ["Relu"]
     assert not graph.initializer
 
 
