@@ -18,7 +18,7 @@ from pydicom import dcmwrite
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.sr.coding import Code
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 from models.errors import ReasonCode, Refusal, SegnodeError
 from models.manifest import Label, Laterality, Manifest
@@ -120,8 +120,7 @@ def build_segmentation(
     Refusal
         IDENTITY_MISSING, or INVALID_GEOMETRY without a frame of reference: nothing could be overlaid.
     """
-    source.identity.require_whole()
-    _require_frame_of_reference(source)
+    require_encodable(source)
     _require_same_grid(source, labelmap)
     labels = segment_labels(labelmap, manifest)
     if not labels:
@@ -160,7 +159,15 @@ def write_segmentation(dataset: Dataset, path: Path) -> Path:
     return path
 
 
-def _require_frame_of_reference(source: SourceSeries) -> None:
+def require_encodable(source: SourceSeries) -> None:
+    """Raise unless a Segmentation of this series could be filed and overlaid; worth asking before the work.
+
+    Raises
+    ------
+    Refusal
+        IDENTITY_MISSING, or INVALID_GEOMETRY where no frame of reference is named.
+    """
+    source.identity.require_whole()
     if source.frame_of_reference_uid is None:
         raise Refusal(
             ReasonCode.INVALID_GEOMETRY,
@@ -223,7 +230,7 @@ def _plane_header(source: SourceSeries, z: int) -> Dataset:
     index, _ = source.frame_numbers[z]
     header = Dataset()
     source.identity.write(header)
-    header.SOPClassUID = _sop_class_uid(source.headers[index])
+    header.SOPClassUID = MRImageStorage  # any single-frame class: all references are written anew below
     header.SOPInstanceUID = source.sop_instance_uids[index]
     header.SeriesInstanceUID = source.series_instance_uid
     header.Modality = source.modality
