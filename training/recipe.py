@@ -98,6 +98,25 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What a paper says of the networks that a recipe is about, so that they can be checked without data.
+
+    A ResidualEncoderUNet; every stage but the first halves all axes, unless ``last_stride`` says otherwise
+    for the last. ``teacher_millions`` and ``student_millions`` are parameters as printed, deep-supervision
+    heads counted.
+    """
+
+    source: str
+    inputs: int
+    outputs: int
+    teacher_millions: str
+    student_millions: str
+    features: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
+    blocks: tuple[int, ...] = (1, 3, 4, 6, 6, 6)
+    last_stride: tuple[int, ...] = (2, 2, 2)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run. Without terms it is the baseline "none" that every gain is measured from."""
 
@@ -105,6 +124,7 @@ class Recipe:
     student: StudentRecipe = StudentRecipe()
     training: TrainingRecipe = TrainingRecipe()
     distillation: tuple[Term, ...] = ()
+    published: Published | None = None
     note: str = ""
 
     @property
@@ -141,7 +161,9 @@ def parse_recipe(content: Any) -> Recipe:
     terms = values.get("distillation") or []
     if not isinstance(terms, list):
         raise RecipeError("distillation must be a list of terms.", remedy="Write each as '- method: …'.")
+    published = values.get("published")
     parsed: dict[str, Any] = {
+        "published": None if published is None else _build(Published, published, "published"),
         "student": _build(StudentRecipe, values.get("student"), "student"),
         "training": _build(TrainingRecipe, values.get("training"), "training"),
         "distillation": tuple(_term(term, f"distillation[{i}]") for i, term in enumerate(terms)),
@@ -189,6 +211,8 @@ def _convert(value: Any, hint: Any) -> Any:
         if value not in typing.get_args(hint):
             raise ValueError(f"{value!r} is none of {', '.join(map(str, typing.get_args(hint)))}")
         return value
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_convert(item, typing.get_args(hint)[0]) for item in value)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         inner = next(a for a in typing.get_args(hint) if a is not type(None))
         return None if value is None else _convert(value, inner)

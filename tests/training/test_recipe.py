@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
+from training.dry_run import dry_run
 from training.errors import RecipeError
 from training.recipe import Recipe, Term, load_recipe, parse_recipe
 
@@ -87,3 +89,29 @@ def test_every_recipe_that_ships_can_be_parsed() -> None:
     recipes = {path.stem: load_recipe(path) for path in folder.glob("*.yaml")}
     assert recipes
     assert all(recipe.name == stem for stem, recipe in recipes.items())
+
+
+def test_the_networks_of_published_recipes_have_the_published_parameters() -> None:
+    folder = Path(__file__).resolve().parents[2] / "training" / "recipes"
+    checked = {}
+    for path in folder.glob("*.yaml"):
+        recipe = load_recipe(path)
+        if recipe.published is not None:
+            checked[recipe.name] = dry_run(recipe).student_millions
+    assert checked == {
+        "isles2022-dcd": "6.406",
+        "brats2024-dcd": "6.381",
+        "mindboggle101-logits-1of2": "25.64",
+        "mindboggle101-logits-1of4": "6.43",
+    }
+
+
+def test_a_recipe_whose_network_is_not_the_papers_is_refused() -> None:
+    folder = Path(__file__).resolve().parents[2] / "training" / "recipes"
+    recipe = load_recipe(folder / "isles2022-dcd.yaml")
+    assert recipe.published is not None
+    wrong = replace(recipe, published=replace(recipe.published, inputs=4))
+    with pytest.raises(RecipeError, match=r"the paper prints 102.351 M"):
+        dry_run(wrong)
+    with pytest.raises(RecipeError, match="nothing of published networks"):
+        dry_run(replace(recipe, published=None))

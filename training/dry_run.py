@@ -1,0 +1,83 @@
+"""Check a recipe without its data: its networks have the parameters that its paper printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from training.errors import RecipeError
+from training.recipe import Published, Recipe
+from training.student import build_network, count_parameters, scaled_features
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Parameters of both networks, in millions with the paper's number of digits."""
+
+    teacher_millions: str
+    student_millions: str
+
+
+def dry_run(recipe: Recipe) -> Checked:
+    """Build a recipe's teacher and student as its paper describes them, and count.
+
+    Raises
+    ------
+    RecipeError
+        If the recipe names no paper, or a count is not the printed one.
+    """
+    published = recipe.published
+    if published is None:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} says nothing of published networks.",
+            remedy="Add 'published:' to it, or run segnode-train plan on the teacher's folder.",
+        )
+    counted = []
+    for what, width, printed in (
+        ("teacher", Fraction(1), published.teacher_millions),
+        ("student", recipe.student.width, published.student_millions),
+    ):
+        features = scaled_features(
+            list(published.features), width, recipe.student.round_to if width < 1 else None
+        )
+        with torch.device("meta"):
+            network = build_network(_configuration(published, features), published.inputs, published.outputs)
+        digits = len(printed.partition(".")[2])
+        millions = f"{count_parameters(network) / 1e6:.{digits}f}"
+        if millions != printed:
+            raise RecipeError(
+                f"The {what} of {recipe.name!r} has {millions} M parameters, the paper prints {printed} M.",
+                remedy="Correct the recipe's features, width or strides.",
+            )
+        counted.append(millions)
+    return Checked(*counted)
+
+
+def _configuration(published: Published, features: list[int]) -> dict[str, Any]:
+    """nnU-Net's description of a ResidualEncoderUNet, as its planner writes it."""
+    stages = len(features)
+    return {
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+            "arch_kwargs": {
+                "n_stages": stages,
+                "features_per_stage": features,
+                "conv_op": "torch.nn.modules.conv.Conv3d",
+                "kernel_sizes": [[3, 3, 3]] * stages,
+                "strides": [[1, 1, 1], *[[2, 2, 2]] * (stages - 2), list(published.last_stride)],
+                "n_blocks_per_stage": list(published.blocks),
+                "n_conv_per_stage_decoder": [1] * (stages - 1),
+                "conv_bias": True,
+                "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+                "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+                "dropout_op": None,
+                "dropout_op_kwargs": None,
+                "nonlin": "torch.nn.LeakyReLU",
+                "nonlin_kwargs": {"inplace": True},
+            },
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        }
+    }
