@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from models.manifest import Head, Metrics, NormalizationScheme
 from models.nifti import read_labelmap, read_nifti
 from models.segmenter import Segmenter
 from models.volume import axis_codes
+from training.card import model_card
 from training.cli import build_app
 from training.description import BODY_STRUCTURE, distinct_color, read_description, template
 from training.errors import ExportError, LabelsFileError, TrainingDataError
@@ -68,6 +70,15 @@ LABELS_YAML: dict[str, Any] = {
     "input_limits": {"modalities": ["MR"], "spacing_mm": [0.5, 2], "minimum_slices": 4},
     "notes": "## A note\n\nSeen by a test.",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The networks are too small for two threads, which would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +241,7 @@ def test_two_channels_two_folds_regions_and_mirroring(tmp_path: Path) -> None:
     plans, dataset = tiny_plans(2), tiny_dataset(2, regions=True)
     plans |= {"transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2]}
     plans["configurations"]["3d_fullres"]["spacing"] = [1.25, 1.0, 1.0]
-    images = tuple(write_nifti_image(tmp_path / f"{c}.nii.gz", shape=(20, 22, 18)) for c in "ab")
+    images = tuple(write_nifti_image(tmp_path / f"{c}.nii.gz", shape=(16, 19, 16)) for c in "ab")
     exported = export_bundle(
         ExportRequest(
             results=write_results(tmp_path / "r", plans, dataset, folds=("0", "1")),
@@ -405,35 +416,35 @@ def test_volumes_of_the_training_labels(tmp_path: Path) -> None:
         volume_ranges_ml([], [1])
 
 
-def test_volumes_fill_in_only_what_the_labels_file_leaves_open(
-    request_: ExportRequest, tmp_path: Path
-) -> None:
+# Where it came from
+
+
+def test_teacher_width_figures_volumes_and_an_own_card(request_: ExportRequest, tmp_path: Path) -> None:
+    plans = tiny_plans()
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [16, 32]
+    teacher = write_results(tmp_path / "teacher", plans)
     (tmp_path / "labelsTr").mkdir()
     ones = nibabel.Nifti1Image(np.ones((10, 10, 10), np.uint8), np.eye(4))
     ones.set_qform(ones.affine, code=1)
     nibabel.save(ones, tmp_path / "labelsTr" / "a.nii.gz")
-    request = replace(request_, output=tmp_path / "out", training_labels=tmp_path / "labelsTr")
-    core, shell = export_bundle(request).bundle.manifest.labels
-    assert core.volume_range_ml == (1.0, 1.0)
-    assert shell.volume_range_ml == (0.5, 2.0)
-
-
-# Where it came from
-
-
-def test_the_teacher_and_the_width_are_on_record(request_: ExportRequest, tmp_path: Path) -> None:
-    plans = tiny_plans()
-    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [16, 32]
-    teacher = write_results(tmp_path / "teacher", plans)
-    metrics = Metrics(evaluated_on="nothing", cases=1, dice={"float32": {"Core": 0.5, "Shell": 0.25}})
-    request = replace(request_, output=tmp_path / "out", teacher=teacher, metrics=metrics, recipe="dcd")
+    (tmp_path / "mine.md").write_text("# Mine\n")
+    request = replace(
+        request_,
+        output=tmp_path / "out",
+        teacher=teacher,
+        metrics=Metrics(evaluated_on="nothing", cases=1, dice={"float32": {"Core": 0.5, "Shell": 0.25}}),
+        recipe="dcd",
+        training_labels=tmp_path / "labelsTr",
+        card=tmp_path / "mine.md",
+    )
     manifest = export_bundle(request).bundle.manifest
     assert manifest.provenance.teacher_digest == ResultsFolder.open(teacher).digest
-    assert manifest.provenance.width == "1/2"
-    assert manifest.provenance.recipe == "dcd"
-    assert manifest.metrics is not None
-    assert manifest.metrics.dice["float32"]["Shell"] == 0.25
-    assert "| float32 | 0.5000 | 0.2500 |" in (tmp_path / "out" / "card.md").read_text()
+    assert (manifest.provenance.width, manifest.provenance.recipe) == ("1/2", "dcd")
+    core, shell = manifest.labels
+    assert core.volume_range_ml == (1.0, 1.0)
+    assert shell.volume_range_ml == (0.5, 2.0)  # the labels file's own word stands
+    assert "| float32 | 0.5000 | 0.2500 |" in model_card(manifest)
+    assert (tmp_path / "out" / "card.md").read_text() == "# Mine\n"
 
 
 def evaluation(dice: list[float], *, case: str = "a") -> Evaluation:
@@ -473,12 +484,6 @@ def test_the_commit_is_the_one_that_git_tells() -> None:
     if commit is None:
         pytest.skip("not a git checkout")
     assert len(commit.removesuffix("+changes")) == 40
-
-
-def test_a_card_of_ones_own_replaces_the_generated_one(request_: ExportRequest, tmp_path: Path) -> None:
-    (tmp_path / "mine.md").write_text("# Mine\n")
-    export_bundle(replace(request_, output=tmp_path / "out", card=tmp_path / "mine.md"))
-    assert (tmp_path / "out" / "card.md").read_text() == "# Mine\n"
 
 
 # The commands
