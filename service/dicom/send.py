@@ -172,6 +172,7 @@ class _Association:
     ) -> None:
         self.failure: SendOutcome | None = None
         self._timeout_s = destination.timeout_s
+        self._silent = False
         self._association: Any = None
         _config.LOG_HANDLER_LEVEL = "none"  # pynetdicom's own handlers log what is sent
         _config.STORE_SEND_CHUNKED_DATASET = True  # a path is sent byte by byte, not decoded and encoded
@@ -205,12 +206,16 @@ class _Association:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.alive:
+        if self._silent:
+            self._association.abort()
+        elif self.alive:
             self._association.release()
 
     @property
     def alive(self) -> bool:
-        return self._association is not None and bool(self._association.is_established)
+        """True while another object can be sent: pynetdicom notices an abort of the peer late."""
+        established = self._association is not None and self._association.is_established
+        return established and not self._silent
 
     def _on_connection(self, event: Any) -> None:
         arm_connection(event.assoc.dul.socket, self._timeout_s)
@@ -229,7 +234,7 @@ class _Association:
     def echo(self) -> SendOutcome:
         response = self._association.send_c_echo()
         if "Status" not in response:
-            return SendOutcome(OutcomeKind.RETRY, error=self._silence)
+            return self._silence()
         return judge_status(response.Status)
 
     def store(self, file: _File) -> SendOutcome:
@@ -251,15 +256,17 @@ class _Association:
             self._association.dimse_timeout = self._timeout_s + size_bytes / _SLOWEST_BYTES_PER_S
             response = self._association.send_c_store(what)
         except RuntimeError:  # the association ended before the request
-            return SendOutcome(OutcomeKind.RETRY, error=self._silence)
+            return self._silence()
         except OSError as error:
             return SendOutcome(OutcomeKind.RETRY, error=f"The file cannot be read: {error.strerror}.")
         except (ValueError, TypeError, AttributeError, KeyError):
             return SendOutcome(OutcomeKind.PARK, error="The object cannot be encoded as the peer wants it.")
         if "Status" not in response:
-            return SendOutcome(OutcomeKind.RETRY, error=self._silence)
+            return self._silence()
         return judge_status(response.Status)
 
-    @property
-    def _silence(self) -> str:
-        return "The peer gave no answer: a time-out, an abort, or a lost connection."
+    def _silence(self) -> SendOutcome:
+        self._silent = True
+        return SendOutcome(
+            OutcomeKind.RETRY, error="The peer gave no answer: a time-out, an abort, or a lost connection."
+        )
