@@ -6,12 +6,14 @@ computes, the bundle's own checks pass, and the engine gives the golden labelmap
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as library_version
 from pathlib import Path
 
@@ -244,9 +246,18 @@ def _provenance(request: ExportRequest, results: ResultsFolder, description: Des
         recipe=request.recipe,
         data=description.data,
         data_licence=description.data_licence,
-        library_versions={name: library_version(name) for name in _LIBRARIES},
+        library_versions=_library_versions(),
         source_commit=source_commit(),
     )
+
+
+def _library_versions() -> dict[str, str]:
+    """Versions of the libraries that the result depends on, of those that are installed."""
+    versions = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = library_version(name)
+    return versions
 
 
 def width_of(student: Sequence[int], teacher: Sequence[int]) -> str:
