@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from bundle_factory import make_threshold_bundle
 
+from models import registry
 from models.registry import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def test_dying_before_any_change_to_the_file_system_is_harmless(tmp_path: Path, 
 def test_kill_9_at_random_moments_of_two_processes_is_harmless(tmp_path: Path, bundles: list[Path]) -> None:
     root = tmp_path / "registry"
     choose = random.Random(7)
-    for _ in range(4):
+    for _ in range(3):
         processes = [_start("loop", root, *bundles) for _ in range(2)]
         try:
             for process in processes:
@@ -71,3 +72,42 @@ def test_kill_9_at_random_moments_of_two_processes_is_harmless(tmp_path: Path, b
     assert models.versions("threshold") == ["1.0.0", "1.1.0"]
     assert list((root / ".incoming").iterdir()) == []
     assert sorted(p.name for p in (root / "threshold").iterdir()) == ["1.0.0", "1.1.0", "active.json"]
+
+
+def test_everything_is_on_the_disk_before_it_is_renamed_into_place(
+    tmp_path: Path, bundles: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut is worse than kill -9: what was not flushed is gone. The order of the calls is what counts."""
+    monkeypatch.setattr(registry, "check_golden_case_everywhere", lambda *_, **__: {})
+    flushed: set[int] = set()
+    missing: list[str] = []
+    real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        real_fsync(descriptor)
+
+    def check(source: Path, target: Path) -> None:
+        flushed.discard(target.parent.stat().st_ino)  # the folder's entry is new and not flushed yet
+        parts = [source, *source.rglob("*")] if source.is_dir() else [source]
+        missing.extend(str(part) for part in parts if part.stat().st_ino not in flushed)
+
+    def rename(source: Path, target: Path) -> None:
+        check(Path(source), Path(target))
+        real_rename(source, target)
+
+    def replace(source: Path, target: Path) -> None:
+        check(Path(source), Path(target))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", replace)
+    models = Registry(tmp_path / "registry")
+    for folder in bundles:
+        bundle = models.add(folder)
+        assert bundle.folder.parent.stat().st_ino in flushed
+        models.activate("threshold", bundle.manifest.version)
+        assert bundle.folder.parent.stat().st_ino in flushed
+    assert missing == []
+    assert (tmp_path / "registry").stat().st_ino in flushed

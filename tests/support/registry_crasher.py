@@ -3,13 +3,14 @@
     registry_crasher.py loop ROOT BUNDLE...      add, activate, roll back, for ever; prints a line a round
     registry_crasher.py sweep FOLDER BUNDLE...   die before every change to the file system of every operation
 
-``sweep`` forks a child for each point at which an operation creates, renames or removes something, lets it
-end there as kill -9 would (no handler, no ``finally``), and checks what is left. It prints how many points
-there were for each operation. An audit hook finds the points, so a new one cannot be forgotten.
+``sweep`` forks a child for each point at which an operation creates, fills, renames or removes something,
+lets it end there as kill -9 would (no handler, no ``finally``), and checks what is left. It prints how many
+points there were for each operation. The interpreter's own hooks find the points, so none can be forgotten.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
@@ -96,23 +97,39 @@ def crash(before: Path, root: Path, operation: Callable[[Registry], object], poi
     shutil.copytree(before, root)
     child = os.fork()
     if child == 0:
-        left = point
-
-        def hook(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal left
-            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
-            if event in CHANGES or writes:
-                if left == 0:
-                    os._exit(DIED)
-                left -= 1
-
-        sys.addaudithook(hook)
+        die_before_change(point)
         operation(Registry(root))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, DIED), f"the operation failed with {code}"
     return code == DIED
+
+
+def die_before_change(point: int) -> None:
+    """End this process just before it changes the file system for the time number ``point``, from 0."""
+    left = point
+
+    def change() -> None:
+        nonlocal left
+        if left == 0:
+            os._exit(DIED)
+        left -= 1
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        creates = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
+        if event in CHANGES or creates:
+            change()
+
+    def profile(_: object, event: str, function: object) -> None:
+        # What was written to a file reaches it when its buffer is flushed, at the latest by closing it.
+        if event == "c_call" and getattr(function, "__name__", "") in ("flush", "close", "__exit__"):
+            file = getattr(function, "__self__", None)
+            if isinstance(file, io.BufferedWriter) and not file.closed:
+                change()
+
+    sys.addaudithook(audit)
+    sys.setprofile(profile)
 
 
 def state(root: Path) -> ModelState:
