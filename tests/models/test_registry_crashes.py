@@ -77,7 +77,7 @@ def test_kill_9_at_random_moments_of_two_processes_is_harmless(tmp_path: Path, b
 def test_everything_is_on_the_disk_before_it_is_renamed_into_place(
     tmp_path: Path, bundles: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut is worse than kill -9: what was not flushed is gone. The order of the calls is what counts."""
+    """A power cut is worse than kill -9: what was not flushed is gone. The order counts."""
     monkeypatch.setattr(registry, "check_golden_case_everywhere", lambda *_, **__: {})
     flushed: set[int] = set()
     missing: list[str] = []
