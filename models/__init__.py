@@ -2,3 +2,7 @@
 
 Nothing here knows about DICOM networking, databases or training, and nothing here imports torch.
 """
+
+from models.telemetry import forbid_telemetry
+
+forbid_telemetry()  # here, because it must come before the first import of a runtime, whoever does that
