@@ -13,7 +13,7 @@ import pytest
 from dicom_peer import data_set_of
 from phantom import write_classic_series
 from pydicom import dcmread
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLosslessSV1
 from sqlalchemy import select
 
 from service.dicom.receive import Receiver
@@ -26,7 +26,7 @@ from service.spool import Spool
 Tool = Callable[[str], Path]
 
 _SERIES = {  # folder: storescu's option, transfer syntax
-    "compressed": ("-xs", "1.2.840.10008.1.2.4.70"),
+    "compressed": ("-xv", "1.2.840.10008.1.2.4.90"),
     "compressed_jpegls": ("-xt", "1.2.840.10008.1.2.4.80"),
     "compressed_j2k": ("-xv", "1.2.840.10008.1.2.4.90"),
     "compressed_rle": ("-xr", "1.2.840.10008.1.2.5"),
@@ -76,21 +76,26 @@ def test_storescu_sends_a_compressed_series(
         assert received == source
 
 
-def test_storescu_sends_a_deflated_object(
+@pytest.mark.parametrize(
+    ("option", "syntax"), [("-xd", DeflatedExplicitVRLittleEndian), ("-xs", JPEGLosslessSV1)]
+)
+def test_storescu_sends_what_no_real_series_here_has(
     start_receiver: Callable[..., Receiver],
     records: Records,
     node_spool: Spool,
     tmp_path: Path,
     require_tool: Tool,
+    option: str,
+    syntax: str,
 ) -> None:
     tool = require_tool("storescu")
     array = np.arange(4096, dtype=np.uint16).reshape(1, 64, 64)
-    (path,) = write_classic_series(tmp_path, array, np.eye(4), transfer_syntax=DeflatedExplicitVRLittleEndian)
+    (path,) = write_classic_series(tmp_path, array, np.eye(4), transfer_syntax=syntax)
     receiver = start_receiver()
-    done = storescu(tool, receiver.port, [path], "-xd")
+    done = storescu(tool, receiver.port, [path], option)
     assert done.returncode == 0, done.stderr
     (received,) = kept(records, node_spool).values()
-    assert dcmread(received).file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian
+    assert dcmread(received).file_meta.TransferSyntaxUID == syntax
     assert dcmread(received) == dcmread(path)
 
 
