@@ -7,7 +7,10 @@ labelmap that the engine gave.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,21 +149,49 @@ def _paint(dataset: Dataset, source: SourceSeries, label_of: dict[int, Label]) -
 
     painted = np.zeros(shape, np.uint16)
     seen: set[tuple[int, int]] = set()
-    for number, own in enumerate(per_frame):
-        z = _slice_of(own, shared, source, number + 1)
-        identification = item(own, "SegmentIdentificationSequence")
-        segment = integer(identification, "ReferencedSegmentNumber") if identification is not None else None
+    known = _Known()
+    for number, own in enumerate(per_frame, 1):
+        z = known.get(own, _PLANE, partial(_slice_of, own, shared, source, number))
+        segment = known.get(own, _SEGMENT, partial(_segment_of, own))
         if segment not in label_of or (segment, z) in seen:
-            raise _failed(f"frame {number + 1} shows segment {segment} at slice {z + 1} wrongly or once more")
+            raise _failed(f"frame {number} shows segment {segment} at slice {z + 1} wrongly or once more")
         seen.add((segment, z))
-        _prove_source_image(own, source, z, number + 1)
-        first, last = number * size, (number + 1) * size
+        image = known.get(own, _SOURCE, partial(_source_image_of, own))
+        _prove_source_image(image, source, z, number)
+        first, last = (number - 1) * size, number * size
         bits = np.unpackbits(packed[first // 8 : -(-last // 8)], bitorder="little")
         mask = bits[first % 8 : first % 8 + size].reshape(shape[1:]).astype(bool)
         if painted[z][mask].any():
-            raise _failed(f"frame {number + 1} overlaps another segment at slice {z + 1}")
+            raise _failed(f"frame {number} overlaps another segment at slice {z + 1}")
         painted[z][mask] = label_of[segment].value
     return painted
+
+
+_PLANE = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+_SEGMENT = ("SegmentIdentificationSequence",)
+_SOURCE = ("DerivationImageSequence",)
+
+
+class _Known:
+    """What functional groups said, by their bytes: thousands of frames share a few hundred of them."""
+
+    def __init__(self) -> None:
+        self._answers: dict[object, Any] = {}
+
+    def get(self, own: Dataset, keywords: tuple[str, ...], decode: Callable[[], Any]) -> Any:
+        """The answer for groups with the same bytes, decoded the first time that they are met."""
+        values = [raw(own, keyword) for keyword in keywords]
+        if not all(value is None or isinstance(value, bytes) for value in values):
+            return decode()  # a group that is decoded already
+        key = (keywords, *values)
+        if key not in self._answers:
+            self._answers[key] = decode()
+        return self._answers[key]
+
+
+def _segment_of(own: Dataset) -> int | None:
+    identification = item(own, "SegmentIdentificationSequence")
+    return integer(identification, "ReferencedSegmentNumber") if identification is not None else None
 
 
 def _slice_of(own: Dataset, shared: Dataset | None, source: SourceSeries, number: int) -> int:
@@ -192,13 +223,20 @@ def _slice_of(own: Dataset, shared: Dataset | None, source: SourceSeries, number
     return z
 
 
-def _prove_source_image(own: Dataset, source: SourceSeries, z: int, number: int) -> None:
-    derivation = item(own, "DerivationImageSequence")
-    image = item(derivation, "SourceImageSequence")
+def _source_image_of(own: Dataset) -> tuple[str | None, int | None]:
+    """The instance that a frame says it was drawn on, and the frame of it where one is named."""
+    image = item(item(own, "DerivationImageSequence"), "SourceImageSequence")
+    if image is None:
+        return None, None
+    return string(image, "ReferencedSOPInstanceUID"), integer(image, "ReferencedFrameNumber")
+
+
+def _prove_source_image(
+    image: tuple[str | None, int | None], source: SourceSeries, z: int, number: int
+) -> None:
     index, frame_number = source.frame_numbers[z]
-    stated = string(image, "ReferencedSOPInstanceUID") if image is not None else None
-    frame = integer(image, "ReferencedFrameNumber") if image is not None else None
-    if stated != source.sop_instance_uids[index] or (frame or frame_number) != frame_number:
+    stated, stated_frame = image
+    if stated != source.sop_instance_uids[index] or (stated_frame or frame_number) != frame_number:
         raise _failed(f"frame {number} names another source image than the one at its place")
 
 
