@@ -7,13 +7,15 @@ from collections import Counter
 
 import onnx
 
+from models.runtimes import OPENVINO
+
 _IN_PLACE = frozenset(
     {"LeakyRelu", "Relu", "Add", "InstanceNormalization", "QuantizeLinear", "DequantizeLinear"}
 )
 _BYTES = {onnx.TensorProto.INT8: 1, onnx.TensorProto.UINT8: 1}
 
 
-def activation_bytes(model: onnx.ModelProto) -> int:
+def activation_bytes(model: onnx.ModelProto, runtime: str = OPENVINO) -> int:
     """The most memory in bytes that the tensors of one run hold at the same time.
 
     Nodes run in the graph's order; a tensor lives from the node that writes it to the last that reads it;
@@ -24,6 +26,9 @@ def activation_bytes(model: onnx.ModelProto) -> int:
     ----------
     model : onnx.ModelProto
         With a fixed input shape (`models.runtimes.fix_shape`).
+    runtime : str
+        ONNX Runtime fuses nothing around the norms and rounds its blocks up: it was measured to take 1.7 to
+        1.85 times as much, on networks of 8 to 32 features and patches of 48 to 128 voxels.
     """
     graph = onnx.shape_inference.infer_shapes(model).graph
     size: dict[str, int] = {}
@@ -31,6 +36,9 @@ def activation_bytes(model: onnx.ModelProto) -> int:
         tensor = value.type.tensor_type
         shape = [d.dim_value for d in tensor.shape.dim]
         size[value.name] = math.prod(shape) * _BYTES.get(tensor.elem_type, 4)
+    for node in graph.node:  # a convolution reads the codes themselves
+        if node.op_type == "DequantizeLinear":
+            size[node.output[0]] = size.get(node.input[0], 0)
     for stored in graph.initializer:  # weights are in memory anyway
         size[stored.name] = 0
     readers: Counter[str] = Counter(name for node in graph.node for name in node.input)
@@ -48,4 +56,5 @@ def activation_bytes(model: onnx.ModelProto) -> int:
             if readers[name] <= 0:
                 live.pop(name, None)
         live.update({name: size.get(name, 0) for name in node.output if readers[name] > 0})
-    return most + sum(size.get(output.name, 0) for output in graph.output)
+    total = most + sum(size.get(output.name, 0) for output in graph.output)
+    return total if runtime == OPENVINO else total * 9 // 5

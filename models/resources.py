@@ -8,6 +8,7 @@ taken as it is.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Iterator
@@ -58,6 +59,13 @@ def resident_bytes() -> int:
     """Memory in bytes that this process holds now; 0 where the kernel does not tell."""
     fields = _read(Path("/proc/self/statm")).split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
+
+
+def give_back_freed_memory() -> None:
+    """Return to the system what the C library keeps of memory that was freed; glibc alone can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _group_folders(controller: str, root: Path) -> Iterator[Path]:

@@ -21,7 +21,12 @@ from models.memory import activation_bytes
 from models.painting import Painter, label_type
 from models.preprocessing import Placement
 from models.resampling import Triple, check_logits_resampling
-from models.resources import available_memory_bytes, resident_bytes, usable_cores
+from models.resources import (
+    available_memory_bytes,
+    give_back_freed_memory,
+    resident_bytes,
+    usable_cores,
+)
 from models.sliding_window import Tiling, pad, stream_features
 from models.volume import Labelmap, Volume, reorient, spacing_xyz_mm
 
@@ -99,7 +104,7 @@ class Segmenter:
         while models:  # each graph is dropped once its runtime has it: a large one is not held twice
             model = models.pop(0)
             runtimes.fix_shape(model, shape)
-            self._activation_bytes += activation_bytes(model)
+            self._activation_bytes += activation_bytes(model, self.runtime_name)
             self._networks.append(
                 runtimes.open_model(
                     model,
@@ -110,6 +115,7 @@ class Segmenter:
                 )
             )
         self._workers = kernels.Workers(threads)
+        give_back_freed_memory()  # compiling leaves much of it
         self._base_bytes = resident_bytes()
 
     def close(self) -> None:
