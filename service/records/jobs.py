@@ -347,11 +347,16 @@ def retry_job(session: Session, job_id: str) -> Job:
     NotFoundError
         If there is no such job.
     ConflictError
-        If the job has not ended, or ended well.
+        If the job has not ended, or ended well, or a newer one stands for its series by now.
     """
     job = session.get(Job, job_id)
     if job is None:
         raise NotFoundError(f"There is no job {job_id}.")
+    newer = session.scalar(select(Job.job_id).where(Job.supersedes_job_id == job_id).limit(1))
+    if newer is not None:
+        raise ConflictError(
+            f"Job {job_id} is superseded: its series has changed since.", remedy=f"See job {newer}."
+        )
     changed = change(
         session,
         update(Job)

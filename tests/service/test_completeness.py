@@ -17,9 +17,10 @@ from sqlalchemy import select
 
 from models.errors import ReasonCode, Refusal
 from service.completeness import Completeness
+from service.errors import ConflictError
 from service.headers import read_attributes
 from service.records.database import utc_now
-from service.records.jobs import NewResult, Outcome, claim_job, succeed_job
+from service.records.jobs import NewResult, Outcome, claim_job, retry_job, succeed_job
 from service.records.supersession import cancel_superseded_deliveries, superseded_segmentations
 from service.records.tables import (
     Delivery,
@@ -205,6 +206,20 @@ def test_a_late_slice_after_a_result_supersedes_it_and_recalls_what_has_not_left
     with node.records.read() as session:
         states = [delivery.state for delivery in session.scalars(of_old)]
     assert states == [DeliveryState.SENT, DeliveryState.CANCELLED]
+
+
+def test_a_job_that_is_superseded_cannot_be_retried(new_node, tmp_path: Path) -> None:
+    node, completeness = new_node({**MR, "maximum_study_age_days": 30})
+    paths = write_classic_series(tmp_path / "s", image_array(), AFFINE, StudyDate="20010101")
+    node.receive(paths[:7], ago_s=100)
+    completeness.sweep(utc_now())
+    node.receive(paths[7:], ago_s=50)
+    completeness.sweep(utc_now())
+    old, new = node.jobs()
+    with pytest.raises(ConflictError, match="superseded"), node.records.write() as session:
+        retry_job(session, old.job_id)
+    with node.records.write() as session:
+        assert retry_job(session, new.job_id).state is JobState.QUEUED
 
 
 def test_a_delivery_that_is_being_sent_is_not_recalled(new_node, tmp_path: Path) -> None:

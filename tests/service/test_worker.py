@@ -391,8 +391,10 @@ class TestReaping:
 
     def test_jobs_of_a_process_that_is_proven_dead_are_taken_back_at_once(self, scene: Scene) -> None:
         job_id = self.claim_as(scene, str(self.dead_owner()))
+        self.claim_as(scene, str(LeaseOwner.of_this_process()))
         assert scene.script("succeed").reap(utc_now()) == [job_id]
-        (job,) = scene.node.jobs()
+        job, other = scene.node.jobs()
+        assert (other.state, other.lapses) == (JobState.RUNNING, 0)
         assert (job.state, job.lapses, job.failures) == (JobState.QUEUED, 1, 0)
         assert scene.events() == [("job.lapsed", False)]
         assert scene.run().state is JobState.SUCCEEDED
