@@ -43,6 +43,7 @@ from service.settings import Settings
 from service.spool import Spool
 
 _STOP_TIMEOUT_S = 30.0
+_RECORD_TRIES = 3
 _ERROR_COMMENT_CHARACTERS = 64  # VR LO
 
 _log = get_logger(__name__)
@@ -233,15 +234,17 @@ class Receiver:
 
     def _record(self, received: ReceivedInstance) -> Recorded:
         """Commit the row, and the alert of a correction with it."""
-        for last_try in (False, True):
+        for tries_left in reversed(range(_RECORD_TRIES)):
             try:
                 with self._records.write() as session:
                     recorded = record_instance(session, received)
                     if recorded.arrival is Arrival.CORRECTION:
                         _record_correction(session, received, recorded)
                     return recorded
-            except IntegrityError:  # the same object came over another association at the same moment
-                if last_try:
+            except IntegrityError:
+                # Where writers run side by side (PostgreSQL), another association has just recorded the
+                # same object, or opened the same series; by now this one sees it.
+                if not tries_left:
                     raise
         raise AssertionError("unreachable")
 

@@ -24,12 +24,13 @@ from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.pdu_primitives import P_DATA
 from sqlalchemy import select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
-from service.dicom import incoming
+from service.dicom import incoming, receive
 from service.dicom.receive import Receiver
 from service.records.database import Records
+from service.records.instances import ReceivedInstance, Recorded, record_instance
 from service.records.tables import Event, Instance
 from service.spool import Spool
 
@@ -342,6 +343,29 @@ def test_records_that_fail_are_never_answered_with_success(
         assert files(node_spool) == []
         assert sender.store(make_object()) == 0x0000
     assert len(rows(records)) == len(files(node_spool)) == 1
+
+
+@pytest.mark.parametrize(("conflicts", "status"), [(2, 0x0000), (3, 0xA700)])
+def test_a_conflict_with_another_association_is_tried_again(
+    start_receiver: Start,
+    records: Records,
+    node_spool: Spool,
+    monkeypatch: pytest.MonkeyPatch,
+    conflicts: int,
+    status: int,
+) -> None:
+    receiver = start_receiver()
+    left = iter(range(conflicts))
+
+    def conflicting(session: Session, received: ReceivedInstance) -> Recorded:
+        if next(left, None) is not None:
+            raise IntegrityError("INSERT", {}, Exception("UNIQUE constraint failed"))
+        return record_instance(session, received)
+
+    monkeypatch.setattr(receive, "record_instance", conflicting)
+    with associated(receiver.port) as sender:
+        assert sender.store(make_object()) == status
+    assert len(rows(records)) == len(files(node_spool)) == (status == 0x0000)
 
 
 def test_a_commit_whose_answer_was_lost_keeps_its_file(
