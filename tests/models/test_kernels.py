@@ -71,4 +71,4 @@ def test_a_tile_is_added_at_its_place_with_its_weights() -> None:
     expected[:2, 2:4, 5:7, 1:5] += (tile * weights)[:, 1:]
     expected[2, 2:4, 5:7, 1:5] += weights[1:]
     kernels.compiled(kernels.accumulate)(total, tile, weights, 1, 5, 1, 1, 3)
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_allclose(total, expected, atol=1e-6)
