@@ -15,7 +15,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from models.errors import ReasonCode, Refusal
-from service.dicom.elements import PARSE_ERRORS, quiet, string, uid
+from service.dicom.elements import PARSE_ERRORS, integer, quiet, uid
 
 _PIXELS = (Tag("FloatPixelData"), Tag("DoubleFloatPixelData"), Tag("PixelData"))
 # fmt: off
@@ -74,8 +74,8 @@ class Instance:
     @property
     def label(self) -> str:
         """How a message names this instance: by place and Instance Number, never by who is in it."""
-        number = string(self.header, "InstanceNumber")
-        return f"image {self.ordinal}" + (f" (Instance Number {number[:12]})" if number else "")
+        number = integer(self.header, "InstanceNumber")
+        return f"image {self.ordinal}" + (f" (Instance Number {number})" if number is not None else "")
 
     def read_pixel_element(self) -> tuple[bytes, str | None]:
         """The value of Pixel Data (native samples, or the encapsulated stream) and its VR.

@@ -7,6 +7,7 @@ resampled or recomputed. Two builds of the same result are byte-identical.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version as version_of
@@ -34,6 +35,7 @@ _LATERALITY = {
     Laterality.RIGHT: Code("24028007", "SCT", "Right"),
     Laterality.BOTH: Code("51440002", "SCT", "Right and left"),
 }
+_CODE_STRING = re.compile(r"[A-Z0-9_ ]{1,16}")
 _ARTIFICIAL_INTELLIGENCE = Code("123110", "DCM", "Artificial Intelligence")
 _PROCESSING_EQUIPMENT = Code("109102", "DCM", "Processing Equipment")
 _SEGMENTATION = Code("113076", "DCM", "Segmentation")
@@ -275,7 +277,7 @@ def _set_texts(dataset: Dataset, source: SourceSeries, manifest: Manifest, softw
     dataset.ContentDescription = f"{manifest.name} {manifest.version}"[:LONGEST_TEXT]
     dataset.ContentCreatorName = None
     body_part = string(source.headers[0], "BodyPartExamined")
-    if body_part is not None and len(body_part) <= 16:
+    if body_part is not None and _CODE_STRING.fullmatch(body_part):
         dataset.BodyPartExamined = body_part
     meta = dataset.file_meta
     meta.ImplementationClassUID = derived_uid("implementation", name="segnode")

@@ -310,6 +310,16 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Path]], ReasonCode, str]] = {
         ReasonCode.VARYING_SPACING,
         "varies from 3.000 to 4.500 mm",
     ),
+    "varying a little": (
+        lambda f: with_change(f, [6], at(18.25)),
+        ReasonCode.VARYING_SPACING,
+        "varies from 3.000 to 3.250 mm",
+    ),
+    "varying by a fraction of thin slices": (
+        lambda f: series(f, np.diag([1.0, 1.0, 0.4, 1.0]), edit=_thin_but_uneven),
+        ReasonCode.VARYING_SPACING,
+        "varies from 0.320 to 0.480 mm",
+    ),
     "mostly wide": (  # gaps 3, 6, 6: whole multiples, yet no stack with something missing
         lambda f: with_change(f, [2], at(9))[:3] + with_change(f / "b", [3], at(15))[3:4],
         ReasonCode.VARYING_SPACING,
@@ -499,6 +509,10 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Path]], ReasonCode, str]] = {
 def _as_second_echo(dataset: Dataset, z: int) -> None:
     dataset.SOPInstanceUID = f"2.25.5{z}"
     dataset.EchoTime = "90"
+
+
+def _thin_but_uneven(dataset: Dataset, z: int) -> None:
+    dataset.ImagePositionPatient = ["0", "0", f"{0.4 * z + 0.08 * (z == 3):.2f}"]
 
 
 def _without_third_position(dataset: Dataset) -> None:
