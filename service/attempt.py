@@ -110,6 +110,9 @@ class JobRunner:
         except LostClaimError:
             self._kill()
             log.warning("job.claim_lost", job_id=claim.job_id, attempt=claim.attempt)
+        except BaseException:
+            self._kill()  # it may still be at work on what nobody waits for any more
+            raise
         finally:
             if not keep:
                 self._clear(claim.output_dir)
@@ -191,6 +194,7 @@ class JobRunner:
                 runtime=self._worker.runtime,
                 threads=self._worker.threads,
                 cache_dir=self._settings.cache_dir,
+                log_level=self._settings.log_level,
             )
         )
         return self._process

@@ -9,13 +9,16 @@ Standard output belongs to the protocol: what libraries print goes to standard e
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import queue
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO
 
 from models.bundle import Bundle
@@ -42,7 +45,8 @@ Say = Callable[[Ready | Advance | Succeeded | Refused | Failed], None]
 def main() -> int:
     """Load the model that the first line names, then run the jobs of the lines that follow."""
     answers = _take_standard_output()
-    configure_logging(os.environ.get("SEGNODE_LOG_LEVEL", "INFO"), component="inference")
+    configure_logging(component="inference")
+    _be_first_when_memory_runs_out()
     lines = _read_lines(sys.stdin.buffer)
 
     def say(answer: Ready | Advance | Succeeded | Refused | Failed) -> None:
@@ -51,6 +55,7 @@ def main() -> int:
 
     try:
         opening = OpenModel.model_validate_json(lines.get())
+        logging.getLogger().setLevel(opening.log_level)
         bundle, segmenter = open_model(opening)
     except Exception as error:
         log.exception("inference.model_not_loaded")
@@ -164,6 +169,12 @@ def _take_standard_output() -> BinaryIO:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return answers
+
+
+def _be_first_when_memory_runs_out() -> None:
+    """Have the kernel kill this process before the worker or the receiver: its job can be run again."""
+    with contextlib.suppress(OSError):  # where there is no such file, the kernel decides by size
+        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
 
 
 def _read_lines(stream: BinaryIO) -> queue.Queue[bytes]:

@@ -34,7 +34,7 @@ from service.spool import Spool
 log = get_logger(__name__)
 
 _ACTOR = "completeness"
-_REMEMBERED_SERIES = 4096
+_REMEMBERED_SERIES = 20_000  # about a kilobyte each
 
 
 class Completeness:
@@ -72,6 +72,8 @@ class Completeness:
             self._count_queues(now)
         made = 0
         for series in quiet:
+            if self._routes and not any(self._has_room(route) for route in self._routes):
+                break
             try:
                 made += self._look_at(series, now)
             except OSError as error:
@@ -131,8 +133,11 @@ class Completeness:
         elif not_routed:
             self._tell(session, "series.not_routed", series.series_id, now)
 
+    def _has_room(self, route: Route) -> bool:
+        return self._room.get(route.name, 1) > 0
+
     def _is_due(self, session: Session, route: Route, series: Series, now: datetime) -> bool:
-        if self._room.get(route.name, 1) <= 0:
+        if not self._has_room(route):
             return False
         if route.several == "all":
             return series.last_instance_at <= now - timedelta(seconds=route.quiet_time_s)

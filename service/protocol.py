@@ -34,6 +34,7 @@ class OpenModel(_Line):
     runtime: str
     threads: int | None = None
     cache_dir: Path | None = None
+    log_level: str = "INFO"
 
 
 class RunJob(_Line):

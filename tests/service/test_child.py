@@ -115,6 +115,10 @@ def test_a_refusal_is_passed_on_and_the_process_goes_on(
     assert isinstance(answers(process)[1], Succeeded)
 
 
+def test_the_process_is_the_first_to_be_killed_when_memory_runs_out(process: InferenceProcess) -> None:
+    assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "500\n"
+
+
 def test_another_model_than_the_one_named_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
     started = InferenceProcess(opening(bundle, tmp_path, digest="0" * 64))
     answer = started.next_answer(timeout_s=60)

@@ -232,6 +232,25 @@ def test_a_process_that_gets_nowhere_is_killed(scene: Scene, act: str, settings:
     assert not is_running(scene.given(0)["pid"])
 
 
+def test_an_error_of_the_worker_itself_leaves_no_process_at_work(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = scene.script("crawl", "succeed", lease_s=0.6)
+    scene.enqueue()
+
+    def renew(*_arguments: object) -> None:
+        raise RuntimeError("a mistake")
+
+    with monkeypatch.context() as during:
+        during.setattr(worker.runner, "_renew", renew)
+        with pytest.raises(RuntimeError, match="a mistake"):
+            worker.run_one(NEVER)
+    assert not is_running(scene.given(0)["pid"])
+    wait_until(lambda: worker.reap(utc_now()) != [], 20)  # the lease was not renewed, and lapses
+    job = scene.run()
+    assert (job.state, job.lapses, job.failures) == (JobState.SUCCEEDED, 1, 0)
+
+
 def test_a_model_that_cannot_be_loaded_fails_the_job(scene: Scene) -> None:
     scene.script("cannot_load")
     scene.enqueue()
