@@ -114,7 +114,7 @@ def record_instance(session: Session, received: ReceivedInstance) -> Recorded:
         )
     )
     if series and (known is None or known.series_id != series.series_id):
-        series.instance_count += 1
+        series.instance_count = Series.instance_count + 1  # in SQL: two may arrive at once
     if known is None:
         return Recorded(Arrival.NEW, received.instance_id)
     return Recorded(Arrival.CORRECTION, received.instance_id, cancelled)
