@@ -5,6 +5,7 @@ Every check looks and changes nothing, but for the C-ECHO that it sends to each 
 
 from __future__ import annotations
 
+import errno
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -176,7 +177,7 @@ def check_database(settings: Settings) -> Iterator[Finding]:
 
 
 def check_port(what: str, host: str, port: int) -> Finding:
-    """Whether a port is free, or answers already."""
+    """Whether a port can be listened on."""
     if port == 0:
         return _ok(what, "any that is free")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -184,17 +185,16 @@ def check_port(what: str, host: str, port: int) -> Finding:
         with socket.create_server((host, port), family=family):
             return _ok(what, f"{host}:{port} is free")
     except OSError as error:
-        reason = error.strerror
-    try:
-        with socket.create_connection((host, port), timeout=2):
+        if error.errno == errno.EADDRINUSE:
             return _warning(
                 what,
                 f"Something listens on {host}:{port} already.",
                 "Right if this node is running; else stop it or configure another port.",
             )
-    except OSError:
         return _problem(
-            what, f"{host}:{port} cannot be listened on: {reason}.", "Configure another address or port."
+            what,
+            f"{host}:{port} cannot be listened on: {error.strerror}.",
+            "Configure another address or port.",
         )
 
 

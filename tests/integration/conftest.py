@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bundle_factory import make_threshold_bundle
-from running_node import RunningNode
+from running_node import ROUTE, RunningNode
 from storage_scp import StorageScp
 
 from models.registry import Registry
-
-ROUTE: dict[str, Any] = {
-    "name": "mr",
-    "model": "threshold",
-    "match": {"Modality": "MR"},
-    "quiet_time_s": 1.0,
-    "destinations": ["pacs"],
-}
 
 
 @pytest.fixture(scope="session")

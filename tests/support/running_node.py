@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,13 @@ from service.settings import Destination
 
 SEGNODE = (sys.executable, "-m", "service.cli")
 CALLING_AE_TITLE = "MODALITY"
+ROUTE: dict[str, Any] = {
+    "name": "mr",
+    "model": "threshold",
+    "match": {"Modality": "MR"},
+    "quiet_time_s": 3.0,  # on a busy machine a sender may pause for longer than one second
+    "destinations": ["pacs"],
+}
 
 
 class RunningNode:
@@ -227,6 +235,19 @@ class RunningNode:
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """False for one that has ended, also where nobody has asked for its exit status yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def until(

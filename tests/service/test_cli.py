@@ -1,0 +1,229 @@
+"""The commands: what they do, what they print where, and how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from zipfile import ZipFile
+
+import nibabel
+import numpy as np
+import pytest
+from bundle_factory import expected_labels, make_threshold_bundle
+from phantom import write_classic_series
+from places import AFFINE, assert_same_places, image, places_in_nifti, places_in_seg, places_of_labels
+from storage_scp import StorageScp
+
+from models.bundle import Bundle
+from service import cli
+
+TILTED = AFFINE @ np.array([[1, 0, 0, 0], [0, 1, 0.4, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+
+
+class Result:
+    """How a command ended, and what it said."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def segnode(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> object:
+    """Run a command as :func:`service.cli.main` does, in an empty folder and with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("SEGNODE_CONFIG", "SEGNODE_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["segnode", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return Result(int(code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make_threshold_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> list[Path]:
+    return write_classic_series(tmp_path / "series", image(), AFFINE)
+
+
+WANTED = places_of_labels(expected_labels(image()[None], (100.5, 300.5)), AFFINE)
+
+
+def test_version(segnode) -> None:
+    result = segnode("--version")
+    assert (result.status, result.out) == (0, f"segnode {version('segnode')}\n")
+
+
+def test_help_names_every_command(segnode) -> None:
+    out = segnode("--help").out
+    for command in ("serve", "receive", "api", "worker", "segment", "send", "models", "keys", "doctor"):
+        assert f" {command} " in out
+
+
+def test_an_unknown_command_is_a_usage_error(segnode) -> None:
+    assert segnode("segmnt").status == 2
+
+
+def test_segment_writes_nifti_and_prints_volumes(segnode, bundle: Bundle, series: list[Path]) -> None:
+    result = segnode("segment", series[0].parent, "--bundle", bundle.folder, "-o", "out.nii.gz")
+    assert result.status == 0, result.err
+    assert_same_places(places_in_nifti(Path("out.nii.gz")), WANTED)
+    rows = dict(line.rsplit(maxsplit=1) for line in result.out.splitlines())
+    voxel_ml = 1.5 * 1.2 * 2.5 / 1000
+    assert float(rows["low"]) == pytest.approx(len(WANTED[1]) * voxel_ml, abs=0.005)
+    assert sorted(p.name for p in Path().iterdir() if "out" in p.name) == ["out.nii.gz"]
+
+
+def test_segment_writes_a_seg_from_a_zip(segnode, bundle: Bundle, series: list[Path]) -> None:
+    with ZipFile("series.zip", "w") as archive:
+        for path in series:
+            archive.write(path, f"DICOM/{path.name}")
+    result = segnode("segment", "series.zip", "--bundle", bundle.folder, "-o", "out.dcm")
+    assert result.status == 0, result.err
+    assert_same_places(places_in_seg(Path("out.dcm")), WANTED)
+
+
+def test_a_refusal_ends_with_3_and_its_code_first(segnode, bundle: Bundle, tmp_path: Path) -> None:
+    write_classic_series(tmp_path / "tilted", image(), TILTED)
+    result = segnode("segment", "tilted", "--bundle", bundle.folder, "-o", "out.nii.gz")
+    assert result.status == 3
+    assert result.err.startswith("GANTRY_TILT: ")
+    assert "degrees" in result.err.splitlines()[0]
+    assert "Traceback" not in result.err
+    assert not Path("out.nii.gz").exists()
+
+
+def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode, bundle: Bundle, tmp_path: Path) -> None:
+    write_classic_series(tmp_path / "dark", np.minimum(image(), 90), AFFINE)
+    result = segnode("segment", "dark", "--bundle", bundle.folder, "-o", "out.dcm")
+    assert result.status == 1
+    assert result.err.startswith("NOTHING_FOUND: ")
+    assert segnode("segment", "dark", "--bundle", bundle.folder, "-o", "out.nii.gz").status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("case.nii.gz", "-o", "out.nii.gz"), "--model"),
+        (("case.nii.gz", "--bundle", "bundle", "--model", "x", "-o", "out.nii.gz"), "--model"),
+        (("case.nii.gz", "--bundle", "bundle", "-o", "out.png"), ".nii.gz or .dcm"),
+        (("case.nii.gz", "--bundle", "bundle", "-o", "nowhere/out.nii.gz"), "no folder"),
+        (("case.nii.gz", "--bundle", "bundle", "-o", "out.dcm"), "DICOM series"),
+        (("absent.nii.gz", "--bundle", "bundle", "-o", "out.nii.gz"), "does not exist"),
+    ],
+)
+def test_what_is_not_understood_ends_with_2(segnode, bundle: Bundle, arguments, said: str) -> None:
+    nibabel.save(nibabel.Nifti1Image(image().astype(np.int16), np.eye(4)), "case.nii.gz")
+    result = segnode("segment", *arguments)
+    assert result.status == 2
+    assert said in " ".join(result.err.split())
+
+
+def test_a_damaged_bundle_is_an_error(segnode, bundle: Bundle, series: list[Path]) -> None:
+    (bundle.folder / "card.md").write_text("changed")
+    result = segnode("segment", series[0].parent, "--bundle", bundle.folder, "-o", "out.nii.gz")
+    assert result.status == 1
+    assert result.err.startswith("BUNDLE_INVALID: 'card.md' was altered")
+
+
+def test_models_from_add_to_withdraw(segnode, bundle: Bundle, tmp_path: Path) -> None:
+    Path("node.yaml").write_text("data_dir: data\n")
+    config = ("--config", "node.yaml")
+    assert segnode("models", "add", bundle.folder, "--activate", *config).status == 0
+    newer = make_threshold_bundle(tmp_path / "newer", version="1.1.0", thresholds=(20.5, 300.5))
+    assert segnode("models", "add", newer.folder, *config).status == 0
+    assert segnode("models", "activate", "threshold", "1.1.0", *config).status == 0
+    listed = segnode("models", "list", *config).out
+    assert [line.split()[:2] for line in listed.splitlines()[1:]] == [
+        ["threshold", "1.0.0"],
+        ["threshold", "1.1.0"],
+    ]
+    assert newer.digest in listed
+    assert segnode("models", "rollback", "threshold", *config).status == 0
+    assert segnode("models", "verify", "threshold", *config).err.startswith("threshold 1.0.0 is whole")
+    assert segnode("models", "withdraw", "threshold", "1.1.0", *config).status == 0
+    again = segnode("models", "activate", "threshold", "1.1.0", *config)
+    assert (again.status, again.err.split(":")[0]) == (1, "MODEL_WITHDRAWN")
+
+
+def test_segment_takes_the_model_of_the_node_that_is_configured(
+    segnode, bundle: Bundle, series: list[Path]
+) -> None:
+    Path("node.yaml").write_text("data_dir: data\n")
+    config = ("--config", "node.yaml")
+    assert segnode("models", "add", bundle.folder, "--activate", *config).status == 0
+    source = series[0].parent
+    result = segnode("segment", source, "--model", "threshold@1.0.0", "-o", "out.nii.gz", *config)
+    assert result.status == 0, result.err
+    assert_same_places(places_in_nifti(Path("out.nii.gz")), WANTED)
+    missing = segnode("segment", source, "--model", "threshold@9.0.0", "-o", "out.nii.gz", *config)
+    assert (missing.status, missing.err.split(":")[0]) == (1, "MODEL_UNKNOWN")
+
+
+def test_keys_are_shown_once_and_work_until_revoked(segnode) -> None:
+    created = segnode("keys", "create", "pacs admin", "--role", "operator", "--days", "30")
+    assert created.status == 0, created.err
+    secret = created.out.strip()
+    assert secret.startswith("sgn_")
+    listed = segnode("keys", "list")
+    assert secret not in listed.out
+    (row,) = listed.out.splitlines()[1:]
+    assert "pacs admin" in row
+    assert row.endswith("valid")
+    assert segnode("keys", "revoke", row.split()[0]).status == 0
+    assert segnode("keys", "list").out.splitlines()[1].endswith("revoked")
+    twice = segnode("keys", "create", "pacs admin")
+    assert (twice.status, twice.err.split(":")[0]) == (1, "CONFLICT")
+
+
+def test_send_takes_a_folder_and_tells_what_was_not_taken(segnode, series: list[Path]) -> None:
+    (series[0].parent / "README.txt").write_text("not DICOM")
+    with StorageScp(statuses=[0xA700]) as pacs:
+        peer = f"PACS@127.0.0.1:{pacs.port}"
+        some = segnode("send", series[0].parent, peer)
+        assert some.status == 1
+        assert "0xA700" in some.err
+        assert f"NOT_SENT: {peer} took 8 of 9 files" in some.err
+        every = segnode("send", series[0].parent, peer)
+        assert every.status == 0, every.err
+        assert "took all of 9 files" in every.err
+        assert len(pacs.objects) == 17
+
+
+@pytest.mark.parametrize("peer", ["PACS", "PACS@host", "@host:104", "A" * 17 + "@host:104", "P@host:99999"])
+def test_send_to_something_that_is_no_peer(segnode, series: list[Path], peer: str) -> None:
+    assert segnode("send", series[0].parent, peer).status == 2
+
+
+def test_a_wrong_configuration_names_every_error(segnode) -> None:
+    Path("node.yaml").write_text(json.dumps({"dicom": {"port": 700000}, "colour": "blue"}))
+    result = segnode("doctor", "--config", "node.yaml")
+    assert result.status == 1
+    assert result.err.startswith("SETTINGS_INVALID: 2 error(s)")
+    assert "dicom.port" in result.err
+    assert "colour" in result.err
+
+
+def test_starting_a_command_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from service import cli; "
+        "heavy = {'numpy', 'sqlalchemy', 'pydicom', 'fastapi', 'openvino', 'onnxruntime', 'torch'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
