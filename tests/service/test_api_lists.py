@@ -28,10 +28,9 @@ def read_all(api: ApiHarness, path: str, key: str) -> list[str]:
 
 
 def test_jobs_are_read_in_pages_newest_first_and_by_state(api: ApiHarness) -> None:
-    jobs = [api.enqueue(age=timedelta(seconds=i // 2)) for i in range(5)]  # pairs of the same age
+    jobs = [api.enqueue(age=timedelta(seconds=i // 4)) for i in range(5)]  # pages end among equal ages
     found = read_all(api, "/api/v1/jobs", "job_id")
     assert sorted(found) == sorted(jobs)
-    assert {found.index(j) // 2 for j in jobs[:2]} == {0}
     assert found[-1] == jobs[-1]
     api.succeed(jobs[-1])
     assert read_all(api, "/api/v1/jobs?state=succeeded", "job_id") == [jobs[-1]]

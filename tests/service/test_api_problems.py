@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -190,6 +190,22 @@ def test_a_length_that_cannot_be_is_refused_at_once(
     headers = {"Content-Length": length, "Content-Type": "application/json"}
     for path in ("/api/v1/models/threshold/activate", "/healthz", "/nothing"):
         assert_problem(filled.post(path, content=b"{}", headers=headers), status, code)
+
+
+def test_a_small_body_of_unknown_length_is_read_to_its_limit_only(filled: ApiHarness) -> None:
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while taken < 10_000_000:
+            taken += 1000
+            yield b" " * 1000
+
+    response = filled.post(
+        "/api/v1/models/threshold/activate", content=endless(), headers={"Content-Type": "application/json"}
+    )
+    assert_problem(response, 413, "BODY_TOO_LARGE")
+    assert taken < 70_000
 
 
 # --- whatever comes
