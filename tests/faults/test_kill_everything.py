@@ -53,7 +53,7 @@ def test_every_study_ends_with_one_result(victim: str, models_dir: Path, tmp_pat
             tmp_path / "node",
             models=models_dir,
             destinations={"pacs": pacs.port},
-            routes=[ROUTE | {"quiet_time_s": QUIET_TIME_S.get(victim, 4.0)}],
+            routes=[ROUTE | {"quiet_time_s": QUIET_TIME_S.get(victim, 8.0)}],
         )
         node.start()
         kills = 0

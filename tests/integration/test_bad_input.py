@@ -187,7 +187,9 @@ def test_uids_of_dots_and_slashes_get_a_status_and_make_no_file(
     before = outside()
     (path,) = write_study(tmp_path, 503)[:1]
     dataset = dcmread(path)
-    dataset.StudyInstanceUID = dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
+    dataset.file_meta.MediaStorageSOPInstanceUID = uid
+    with pytest.warns(UserWarning, match="Invalid value for VR UI"):
+        dataset.StudyInstanceUID = dataset.SOPInstanceUID = uid
     dataset.save_as(tmp_path / "evil.dcm")
     assert node.send([tmp_path / "evil.dcm"]) == []
     assert outside() == before

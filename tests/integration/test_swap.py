@@ -30,7 +30,7 @@ def swapped_node(
             tmp_path_factory.mktemp("node"),
             models=models_dir,
             destinations={"pacs": pacs.port},
-            routes=[ROUTE],
+            routes=[ROUTE | {"quiet_time_s": 8.0}],
         ) as node,
     ):
         yield node, pacs

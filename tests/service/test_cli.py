@@ -19,6 +19,7 @@ from storage_scp import StorageScp
 
 from models.bundle import Bundle
 from service import cli
+from service.settings import load_settings
 
 TILTED = AFFINE @ np.array([[1, 0, 0, 0], [0, 1, 0.4, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
 
@@ -227,3 +228,10 @@ def test_starting_a_command_imports_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_the_example_configuration_is_one() -> None:
+    example = Path(__file__).resolve().parents[2] / "deploy" / "examples" / "node.yaml"
+    settings = load_settings(example)
+    assert [route.destinations for route in settings.routes] == [("pacs",)]
+    assert settings.dicom.peers[0].ae_title == settings.destinations[0].ae_title == "PACS"
