@@ -166,6 +166,17 @@ def test_enhanced_objects_in_several_transfer_syntaxes(tmp_path: Path, syntax: s
     assert source.modality == "CT"
 
 
+def test_what_a_frame_says_itself_goes_before_what_all_share(tmp_path: Path) -> None:
+    def contradict(dataset: Dataset) -> None:
+        wrong = Dataset()
+        wrong.ImageOrientationPatient = ["0", "1", "0", "1", "0", "0"]
+        dataset.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence = [wrong]
+
+    image = chiral_image()
+    paths = write_enhanced_series(tmp_path, image, AXIAL, orientation_per_frame=True, edit=contradict)
+    assert_same_places(read_series(paths).volume, image, AXIAL)
+
+
 def test_a_series_may_hold_several_enhanced_objects(tmp_path: Path) -> None:
     image = chiral_image((8, 5, 6))
     lower = write_enhanced_series(tmp_path / "a", image, AXIAL, frame_order=[0, 2, 4, 6])
