@@ -49,6 +49,10 @@ class RunningNode:
         Port by name, on this machine.
     routes : sequence of dict
         As in the configuration.
+    environment : dict
+        Variables of the node beside those of this process.
+    under : sequence of str
+        A command that the node is run under, such as a tracer; it must become the node's process.
     sections : dict
         Further sections of the configuration.
     """
@@ -61,6 +65,7 @@ class RunningNode:
         destinations: dict[str, int] | None = None,
         routes: Sequence[dict[str, Any]] = (),
         environment: dict[str, str] | None = None,
+        under: Sequence[str] = (),
         **sections: Any,
     ) -> None:
         self.folder = folder
@@ -87,6 +92,7 @@ class RunningNode:
         }
         self.config.write_text(yaml.safe_dump(configuration))
         self._environment = {**os.environ, **(environment or {})}
+        self._under = list(under)
         self._process: subprocess.Popen[bytes] | None = None
         self._keys: dict[Role, str] = {}
         self.dicom_port = self.http_port = 0
@@ -105,7 +111,7 @@ class RunningNode:
         ports_path.unlink(missing_ok=True)  # a killed supervisor leaves its own
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*SEGNODE, "serve", "--config", str(self.config)],
+                [*self._under, *SEGNODE, "serve", "--config", str(self.config)],
                 stdout=log,
                 stderr=log,
                 env=self._environment,
