@@ -204,6 +204,20 @@ def _repeat_frame(dataset: Dataset) -> None:
     _frame(dataset, 1).PlanePositionSequence = _frame(dataset, 0).PlanePositionSequence
 
 
+def _overlap(dataset: Dataset) -> None:
+    """A voxel of segment 2 is set in segment 1 as well, whose frames are painted first."""
+    size = dataset.Rows * dataset.Columns
+    frame_of = {
+        (f.SegmentIdentificationSequence[0].ReferencedSegmentNumber, str(f.PlanePositionSequence[0])): i
+        for i, f in enumerate(dataset.PerFrameFunctionalGroupsSequence)
+    }
+    bits = np.unpackbits(np.frombuffer(dataset.PixelData, np.uint8), bitorder="little")
+    place = next(place for number, place in frame_of if number == 2 and (1, place) in frame_of)
+    first, second = frame_of[1, place] * size, frame_of[2, place] * size
+    bits[first + int(np.argmax(bits[second : second + size]))] = 1
+    dataset.PixelData = np.packbits(bits, bitorder="little").tobytes()
+
+
 FILE_FAULTS: dict[str, tuple[Callable[[Dataset], Any], str]] = {
     "codes of two segments": (_codes_swapped, "segment 1 are those of no label"),
     "two segments": (_segments_swapped, "voxels differ"),
@@ -224,6 +238,7 @@ FILE_FAULTS: dict[str, tuple[Callable[[Dataset], Any], str]] = {
         lambda d: setattr(_frame(d).PlanePositionSequence[0], "ImagePositionPatient", [0, 0, 0]),
         "mm away from every slice",
     ),
+    "segments that overlap": (_overlap, "overlaps another segment"),
     "a frame twice": (_repeat_frame, "wrongly or once more"),
     "a frame without position": (lambda d: _frame(d).pop("PlanePositionSequence"), "ImagePositionPatient"),
     "a frame less": (_drop_frame, "frames and describes"),
