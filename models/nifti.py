@@ -134,7 +134,7 @@ def _open(path: Path, what: str) -> Any:
     """The image, its header read and its voxels not yet."""
     try:
         image = nibabel.load(path)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         raise Refusal(
             ReasonCode.UNREADABLE, f"{what} is not readable as NIfTI.", remedy=_CHECK_FILE
         ) from error

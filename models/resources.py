@@ -61,6 +61,17 @@ def resident_bytes() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
 
 
+def peak_resident_bytes() -> int:
+    """The most memory in bytes that this process has ever held; 0 where the kernel does not tell.
+
+    ``getrusage`` will not do: its ``ru_maxrss`` starts at what the parent held when it forked.
+    """
+    for line in _read(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def give_back_freed_memory() -> None:
     """Return to the system what the C library keeps of memory that was freed; glibc alone can."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

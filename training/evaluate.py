@@ -7,7 +7,6 @@ cases, against the reference labels.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from models.bundle import Bundle
 from models.manifest import Precision
 from models.nifti import read_labelmap, read_nifti, write_nifti
+from models.resources import peak_resident_bytes
 from models.segmenter import Segmenter
 from models.volume import spacing_xyz_mm
 from training.errors import TrainingDataError
@@ -172,7 +172,7 @@ def evaluate(
             precision=str(segmenter.precision),
             runtime=segmenter.runtime_name,
             tolerance_mm=tolerance_mm,
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory_bytes=peak_resident_bytes(),
             cases=tuple(results),
         )
     finally:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from models.resources import peak_resident_bytes
+
 STAGES = ("load", "read", "preprocess", "forward", "accumulate", "export")
 EXPORT_SPACING = (1.2, 0.8, 0.8)
 
@@ -129,7 +131,7 @@ def measure_export(job: dict[str, Any], clock: Clock) -> dict[str, Any]:
             "spacing": EXPORT_SPACING, "shape_after_cropping_and_before_resampling": new,
             "shape_before_cropping": new, "bbox_used_for_cropping": [[0, n] for n in new],
         }  # fmt: skip
-        before = peak_bytes()
+        before = peak_resident_bytes()
         with clock.on("export"):
             out = convert(
                 logits, predictor.plans_manager, predictor.configuration_manager, predictor.label_manager,
@@ -155,7 +157,7 @@ def measure_export(job: dict[str, Any], clock: Clock) -> dict[str, Any]:
     workers = kernels.Workers(job["threads"])
     warm = Painter(manifest, placement, Tiling.of(shape, (64, 64, 64), 0.5), head, workers)
     warm.paint(Planes(sums, 0, 0, 1))  # load the compiled kernel
-    before = peak_bytes()
+    before = peak_resident_bytes()
     with clock.on("export"):
         painter = Painter(manifest, placement, Tiling.of(shape, (64, 64, 64), 0.5), head, workers)
         painter.paint(Planes(sums, 0, 0, shape[painter._axis]))
@@ -175,12 +177,6 @@ class SavedModel:
         return (self._path,)
 
 
-def peak_bytes() -> int:
-    """The most memory this process has held. (ru_maxrss starts at what the parent held when it forked.)"""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
-
-
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job in this process."""
     clock = Clock()
@@ -190,4 +186,4 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         how = measure_export
     extra = how(job, clock)
     cpu = time.process_time() - cpu
-    return {"seconds": clock.seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes(), **extra}
+    return {"seconds": clock.seconds, "cpu_seconds": cpu, "peak_bytes": peak_resident_bytes(), **extra}

@@ -89,6 +89,15 @@ def test_what_is_not_nifti_is_refused(tmp_path: Path, content: bytes) -> None:
     assert refused(path).reason is ReasonCode.UNREADABLE
 
 
+def test_a_voxel_type_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image.nii"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[70:72] = (9999).to_bytes(2, "little")  # datatype, at byte 70 of the header
+    path.write_bytes(damaged)
+    assert refused(path).reason is ReasonCode.UNREADABLE
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path / "patient-name.nii").reason is ReasonCode.UNREADABLE
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from models.resources import available_memory_bytes, resident_bytes, usable_cores
+from models.resources import available_memory_bytes, peak_resident_bytes, resident_bytes, usable_cores
 
 GIB = 2**30
 
@@ -119,3 +120,12 @@ def test_resident_memory_follows_what_is_touched() -> None:
     block = bytearray(os.urandom(1)) * (64 * 2**20)
     assert resident_bytes() - before > 48 * 2**20
     del block
+
+
+def test_the_peak_stays_when_the_memory_is_given_back() -> None:
+    before = peak_resident_bytes()
+    block = np.ones(64 * 2**20, np.uint8)
+    during = peak_resident_bytes()
+    del block
+    assert during >= before
+    assert peak_resident_bytes() >= during >= resident_bytes() > 0
