@@ -52,6 +52,9 @@ def options(
     ] = False,
 ) -> None:
     """Segmentation node: studies in over DICOM, DICOM-SEG out. Not a medical device."""
+    from service.logs import configure_logging
+
+    configure_logging("ERROR")  # libraries would quote data sets on the terminal; the node's parts say more
 
 
 def main() -> None:

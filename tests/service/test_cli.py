@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from zipfile import ZipFile
@@ -31,8 +34,13 @@ class Result:
         self.status, self.out, self.err = status, out, err
 
 
+Segnode = Callable[..., Result]
+
+
 @pytest.fixture
-def segnode(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> object:
+def segnode(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[object]:
     """Run a command as :func:`service.cli.main` does, in an empty folder and with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -49,7 +57,11 @@ def segnode(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         code = ended.value.code
         return Result(int(code or 0), out, err)
 
-    return run
+    root = logging.getLogger()
+    handlers, level, hook, show = root.handlers[:], root.level, sys.excepthook, warnings.showwarning
+    yield run
+    root.handlers[:], sys.excepthook, warnings.showwarning = handlers, hook, show
+    root.setLevel(level)
 
 
 @pytest.fixture
@@ -65,22 +77,24 @@ def series(tmp_path: Path) -> list[Path]:
 WANTED = places_of_labels(expected_labels(image()[None], (100.5, 300.5)), AFFINE)
 
 
-def test_version(segnode) -> None:
+def test_version(segnode: Segnode) -> None:
     result = segnode("--version")
     assert (result.status, result.out) == (0, f"segnode {version('segnode')}\n")
 
 
-def test_help_names_every_command(segnode) -> None:
+def test_help_names_every_command(segnode: Segnode) -> None:
     out = segnode("--help").out
     for command in ("serve", "receive", "api", "worker", "segment", "send", "models", "keys", "doctor"):
         assert f" {command} " in out
 
 
-def test_an_unknown_command_is_a_usage_error(segnode) -> None:
+def test_an_unknown_command_is_a_usage_error(segnode: Segnode) -> None:
     assert segnode("segmnt").status == 2
 
 
-def test_segment_writes_nifti_and_prints_volumes(segnode, bundle: Bundle, series: list[Path]) -> None:
+def test_segment_writes_nifti_and_prints_volumes(
+    segnode: Segnode, bundle: Bundle, series: list[Path]
+) -> None:
     result = segnode("segment", series[0].parent, "--bundle", bundle.folder, "-o", "out.nii.gz")
     assert result.status == 0, result.err
     assert_same_places(places_in_nifti(Path("out.nii.gz")), WANTED)
@@ -90,7 +104,7 @@ def test_segment_writes_nifti_and_prints_volumes(segnode, bundle: Bundle, series
     assert sorted(p.name for p in Path().iterdir() if "out" in p.name) == ["out.nii.gz"]
 
 
-def test_segment_writes_a_seg_from_a_zip(segnode, bundle: Bundle, series: list[Path]) -> None:
+def test_segment_writes_a_seg_from_a_zip(segnode: Segnode, bundle: Bundle, series: list[Path]) -> None:
     with ZipFile("series.zip", "w") as archive:
         for path in series:
             archive.write(path, f"DICOM/{path.name}")
@@ -99,7 +113,7 @@ def test_segment_writes_a_seg_from_a_zip(segnode, bundle: Bundle, series: list[P
     assert_same_places(places_in_seg(Path("out.dcm")), WANTED)
 
 
-def test_a_refusal_ends_with_3_and_its_code_first(segnode, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_refusal_ends_with_3_and_its_code_first(segnode: Segnode, bundle: Bundle, tmp_path: Path) -> None:
     write_classic_series(tmp_path / "tilted", image(), TILTED)
     result = segnode("segment", "tilted", "--bundle", bundle.folder, "-o", "out.nii.gz")
     assert result.status == 3
@@ -109,7 +123,7 @@ def test_a_refusal_ends_with_3_and_its_code_first(segnode, bundle: Bundle, tmp_p
     assert not Path("out.nii.gz").exists()
 
 
-def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode: Segnode, bundle: Bundle, tmp_path: Path) -> None:
     write_classic_series(tmp_path / "dark", np.minimum(image(), 90), AFFINE)
     result = segnode("segment", "dark", "--bundle", bundle.folder, "-o", "out.dcm")
     assert result.status == 1
@@ -128,21 +142,23 @@ def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode, bundle: Bundle, tmp
         (("absent.nii.gz", "--bundle", "bundle", "-o", "out.nii.gz"), "does not exist"),
     ],
 )
-def test_what_is_not_understood_ends_with_2(segnode, bundle: Bundle, arguments, said: str) -> None:
+def test_what_is_not_understood_ends_with_2(
+    segnode: Segnode, bundle: Bundle, arguments: tuple[str, ...], said: str
+) -> None:
     nibabel.save(nibabel.Nifti1Image(image().astype(np.int16), np.eye(4)), "case.nii.gz")
     result = segnode("segment", *arguments)
     assert result.status == 2
     assert said in " ".join(result.err.split())
 
 
-def test_a_damaged_bundle_is_an_error(segnode, bundle: Bundle, series: list[Path]) -> None:
+def test_a_damaged_bundle_is_an_error(segnode: Segnode, bundle: Bundle, series: list[Path]) -> None:
     (bundle.folder / "card.md").write_text("changed")
     result = segnode("segment", series[0].parent, "--bundle", bundle.folder, "-o", "out.nii.gz")
     assert result.status == 1
     assert result.err.startswith("BUNDLE_INVALID: 'card.md' was altered")
 
 
-def test_models_from_add_to_withdraw(segnode, bundle: Bundle, tmp_path: Path) -> None:
+def test_models_from_add_to_withdraw(segnode: Segnode, bundle: Bundle, tmp_path: Path) -> None:
     Path("node.yaml").write_text("data_dir: data\n")
     config = ("--config", "node.yaml")
     assert segnode("models", "add", bundle.folder, "--activate", *config).status == 0
@@ -163,7 +179,7 @@ def test_models_from_add_to_withdraw(segnode, bundle: Bundle, tmp_path: Path) ->
 
 
 def test_segment_takes_the_model_of_the_node_that_is_configured(
-    segnode, bundle: Bundle, series: list[Path]
+    segnode: Segnode, bundle: Bundle, series: list[Path]
 ) -> None:
     Path("node.yaml").write_text("data_dir: data\n")
     config = ("--config", "node.yaml")
@@ -176,7 +192,7 @@ def test_segment_takes_the_model_of_the_node_that_is_configured(
     assert (missing.status, missing.err.split(":")[0]) == (1, "MODEL_UNKNOWN")
 
 
-def test_keys_are_shown_once_and_work_until_revoked(segnode) -> None:
+def test_keys_are_shown_once_and_work_until_revoked(segnode: Segnode) -> None:
     created = segnode("keys", "create", "pacs admin", "--role", "operator", "--days", "30")
     assert created.status == 0, created.err
     secret = created.out.strip()
@@ -192,7 +208,7 @@ def test_keys_are_shown_once_and_work_until_revoked(segnode) -> None:
     assert (twice.status, twice.err.split(":")[0]) == (1, "CONFLICT")
 
 
-def test_send_takes_a_folder_and_tells_what_was_not_taken(segnode, series: list[Path]) -> None:
+def test_send_takes_a_folder_and_tells_what_was_not_taken(segnode: Segnode, series: list[Path]) -> None:
     (series[0].parent / "README.txt").write_text("not DICOM")
     with StorageScp(statuses=[0xA700]) as pacs:
         peer = f"PACS@127.0.0.1:{pacs.port}"
@@ -207,11 +223,11 @@ def test_send_takes_a_folder_and_tells_what_was_not_taken(segnode, series: list[
 
 
 @pytest.mark.parametrize("peer", ["PACS", "PACS@host", "@host:104", "A" * 17 + "@host:104", "P@host:99999"])
-def test_send_to_something_that_is_no_peer(segnode, series: list[Path], peer: str) -> None:
+def test_send_to_something_that_is_no_peer(segnode: Segnode, series: list[Path], peer: str) -> None:
     assert segnode("send", series[0].parent, peer).status == 2
 
 
-def test_a_wrong_configuration_names_every_error(segnode) -> None:
+def test_a_wrong_configuration_names_every_error(segnode: Segnode) -> None:
     Path("node.yaml").write_text(json.dumps({"dicom": {"port": 700000}, "colour": "blue"}))
     result = segnode("doctor", "--config", "node.yaml")
     assert result.status == 1
