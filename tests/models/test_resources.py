@@ -123,9 +123,9 @@ def test_resident_memory_follows_what_is_touched() -> None:
 
 
 def test_the_peak_stays_when_the_memory_is_given_back() -> None:
-    before = peak_resident_bytes()
     block = np.ones(64 * 2**20, np.uint8)
-    during = peak_resident_bytes()
+    held, slack = resident_bytes(), 2**20  # the kernel counts pages in batches for each thread
     del block
-    assert during >= before
-    assert peak_resident_bytes() >= during >= resident_bytes() > 0
+    assert held > 64 * 2**20
+    assert peak_resident_bytes() >= held - slack
+    assert resident_bytes() < held - 32 * 2**20
