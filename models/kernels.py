@@ -188,7 +188,7 @@ def keep_compiled_code_in(folder: Path) -> None:
 
     if not os.environ.get("NUMBA_CACHE_DIR"):
         folder.mkdir(parents=True, exist_ok=True)
-        numba.config.CACHE_DIR = str(folder)
+        numba.config.CACHE_DIR = str(folder.resolve())  # wherever the process goes from here
 
 
 class Workers:
