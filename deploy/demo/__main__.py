@@ -48,6 +48,8 @@ def main() -> None:
             if job["reason"]:
                 say(f"A series was {job['state']}: {job['reason']['code']}: {job['reason']['sentence']}")
                 say(f"  {job['reason']['remedy']}")
+            for warning in job["summary"].get("warnings", ()):
+                say(f"The node remarks: {warning}")
         expected = sum("segmentation" in job["links"] for job in jobs)
         received = [scp.received.get(timeout=options.timeout_s) for _ in range(expected)]
     scp.close()
