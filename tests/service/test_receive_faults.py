@@ -531,7 +531,7 @@ def test_hundreds_of_associations_leave_no_thread_no_file_and_no_memory(start_re
 
     def kept() -> tuple[int, int, int]:
         gc.collect()
-        alive = sum(isinstance(thing, Association) for thing in gc.get_objects())
+        alive = sum(issubclass(type(thing), Association) for thing in gc.get_objects())
         return alive, threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     use(20)
