@@ -115,10 +115,10 @@ def _kind_of(output: Path, inputs: list[Path]) -> str:
 
 
 def _check_measurements(path: Path, output: Path, inputs: list[Path]) -> None:
-    if not path.name.lower().endswith(".dcm") or path.resolve() == output.resolve():
-        raise typer.BadParameter(
-            f"{path.name} must end in .dcm, beside --output", param_hint="--measurements"
-        )
+    if not path.name.lower().endswith(".dcm"):
+        raise typer.BadParameter(f"{path.name} must end in .dcm", param_hint="--measurements")
+    if path.resolve() == output.resolve():
+        raise typer.BadParameter(f"{path.name} is taken by --output", param_hint="--measurements")
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}", param_hint="--measurements")
     if not _are_dicom(inputs):

@@ -159,7 +159,7 @@ def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode: Segnode, bundle: Bu
         (("case.nii.gz", "--bundle", "bundle", "-o", "out.dcm"), "DICOM series"),
         (("case.nii.gz", "--bundle", "bundle", "-o", "o.nii.gz", "--measurements", "sr.dcm"), "DICOM series"),
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "sr.txt"), "end in .dcm"),
-        (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "out.dcm"), "another"),
+        (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "out.dcm"), "is taken by"),
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "no/sr.dcm"), "no folder"),
         (("absent.nii.gz", "--bundle", "bundle", "-o", "out.nii.gz"), "does not exist"),
     ],
