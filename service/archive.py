@@ -6,6 +6,7 @@ bytes that come out are counted as they come, and reading stops at the limits be
 
 from __future__ import annotations
 
+import errno
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -73,14 +74,22 @@ def extract(archive: Path, into: Path, *, limit_bytes: int) -> list[Path]:
                             raise _too_large(f"unpacks to more than {MAXIMUM_RATIO} times its own size")
                         target.write(chunk)
                 written.append(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise  # the disk's fault, not the archive's
+        raise _damaged(error) from error  # an offset before the archive's beginning
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         # RuntimeError: encrypted; NotImplementedError: an unknown method; ValueError: offsets out of the file
-        raise Refusal(
-            ReasonCode.UNREADABLE,
-            f"The archive is damaged, encrypted or of an unknown kind ({type(error).__name__}).",
-            remedy="Make the archive again with an ordinary zip program and without a password.",
-        ) from error
+        raise _damaged(error) from error
     return written
+
+
+def _damaged(error: Exception) -> Refusal:
+    return Refusal(
+        ReasonCode.UNREADABLE,
+        f"The archive is damaged, encrypted or of an unknown kind ({type(error).__name__}).",
+        remedy="Make the archive again with an ordinary zip program and without a password.",
+    )
 
 
 def _too_large(how: str) -> Refusal:

@@ -38,7 +38,8 @@ from service.records.jobs import (
     renew_lease,
     succeed_job,
 )
-from service.records.supersession import cancel_superseded_deliveries, superseded_segmentations
+from service.records.refusals import cancel_refusal_deliveries
+from service.records.supersession import cancel_superseded_deliveries, superseded_objects
 from service.records.tables import Job, JobState, ResultKind
 from service.settings import Settings
 from service.spool import Spool
@@ -176,7 +177,8 @@ class JobRunner:
             created_at=job.created_at,
             output_dir=claim.output_dir,
             settings_digest=self._settings.results_digest,
-            supersedes=tuple(superseded_segmentations(session, claim.job_id)),
+            supersedes=tuple(superseded_objects(session, claim.job_id)),
+            profiles=self._settings.profiles_for(job.model_name, job.destinations),
         )
 
     def _process_for(self, bundle: Bundle) -> InferenceProcess:
@@ -218,6 +220,8 @@ class JobRunner:
                     sha256=file.sha256,
                     sop_class_uid=file.sop_class_uid,
                     sop_instance_uid=file.sop_instance_uid,
+                    profile=file.profile,
+                    withheld=file.withheld,
                 )
             )
         summary = answer.summary
@@ -227,7 +231,9 @@ class JobRunner:
 
     def _succeed(self, session: Session, claim: _Claim, outcome: Outcome, bundle: Bundle) -> None:
         now = utc_now()
-        succeed_job(session, claim.job_id, claim.attempt, outcome, now=now)
+        profile_keys = self._settings.profile_keys
+        succeed_job(session, claim.job_id, claim.attempt, outcome, now=now, profile_keys=profile_keys)
+        cancel_refusal_deliveries(session, claim.job_id, now=now)
         detail: dict[str, object] = {"version": bundle.manifest.version, "digest": bundle.digest}
         if claim.supersedes_job_id is not None:
             cancelled = cancel_superseded_deliveries(session, claim.job_id, now=now)

@@ -106,6 +106,7 @@ def run_job(order: RunJob, bundle: Bundle, segmenter: pipeline.SegmentsVolumes, 
         output_dir=order.output_dir,
         settings_digest=order.settings_digest,
         supersedes=order.supersedes,
+        profiles=order.profiles,
     )
     try:
         outcome = pipeline.run(job, segmenter, bundle.manifest, bundle.digest, progress=advance)

@@ -52,6 +52,7 @@ class Completeness:
 
     def __init__(self, settings: Settings, records: Records, spool: Spool) -> None:
         self._routes = settings.routes
+        self._profile_keys = settings.profile_keys
         self._records = records
         self._spool = spool
         self._keywords = wanted_keywords(settings.routes)
@@ -174,7 +175,9 @@ class Completeness:
 
     def _enqueue(self, session: Session, route: Route, facts: SeriesFacts, now: datetime) -> int:
         new = _new_job(session, route, [facts])
-        job, is_new = enqueue_newest(session, new, at=now, one_per_study=route.several != "all")
+        job, is_new = enqueue_newest(
+            session, new, at=now, one_per_study=route.several != "all", profile_keys=self._profile_keys
+        )
         if is_new:
             if route.name in self._room:
                 self._room[route.name] -= 1
@@ -199,6 +202,7 @@ class Completeness:
             remedy=refusal.remedy,
             at=now,
             one_per_study=route.several != "all",
+            profile_keys=self._profile_keys,
         )
         if is_new:
             detail = {"route": route.name, "code": refusal.reason.value}
@@ -269,6 +273,7 @@ def _new_job(session: Session, route: Route, several: Sequence[SeriesFacts]) -> 
         requested_version=route.version,
         route_name=route.name,
         destinations=route.destinations,
+        refusal_destinations=route.destinations if route.refusal_objects else (),
         study_instance_uid=several[0].study_instance_uid,
         series_id=several[0].series_id if len(several) == 1 else None,
         priority=route.priority,

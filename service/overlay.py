@@ -9,6 +9,7 @@ for diagnosis: it is made from 8-bit greys and says "unverified".
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from models.manifest import Label
 from models.volume import Labelmap, Volume, reorient, spacing_xyz_mm
 
 _PANEL_PIXELS = 400
+_WINDOW_VOXELS = 4_000_000
 _MARGIN = 22
 _LEGEND_LINE = 24
 _FILL = 0.35  # how much of the colour covers the image inside a label; its outline is opaque
@@ -69,7 +71,7 @@ def draw_overlay(
     spacing_zyx_mm = spacing_xyz_mm(image.affine)[::-1]
     extents_mm = [n * s for n, s in zip(labelled.shape, spacing_zyx_mm, strict=True)]
     pixels_per_mm = _PANEL_PIXELS / max(extents_mm)
-    greys = _windowed(image.array[0])
+    low, high = _window(volume.array[0])
     colors = {label.value: label.color_rgb for label in labels}
 
     panels = []
@@ -79,7 +81,11 @@ def draw_overlay(
         size = (max(1, round(columns_mm * pixels_per_mm)), max(1, round(rows_mm * pixels_per_mm)))
         panels.append(
             _draw_panel(
-                np.take(greys, index, plane.axis), np.take(labelled, index, plane.axis), size, plane, colors
+                _windowed(np.take(image.array[0], index, plane.axis), low, high),
+                np.take(labelled, index, plane.axis),
+                size,
+                plane,
+                colors,
             )
         )
     return _assemble(panels, labelmap.volumes_ml(), labels, title)
@@ -92,23 +98,31 @@ def overlay_png(volume: Volume, labelmap: Labelmap, labels: Sequence[Label], *, 
     return stream.getvalue()
 
 
-def _windowed(intensities: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Grey values from 0 to 255 between the 0.5th and the 99.5th percentile of what is not the minimum."""
-    inside = intensities[intensities > intensities.min()]
+def _window(intensities: NDArray[np.float32]) -> tuple[float, float]:
+    """The 0.5th and the 99.5th percentile of what is not the minimum, of a part of a large volume."""
+    step = max(1, math.ceil((intensities.size / _WINDOW_VOXELS) ** (1 / 3)))
+    looked_at = intensities[::step, ::step, ::step]
+    inside = looked_at[looked_at > looked_at.min()]
     low, high = np.percentile(inside, (0.5, 99.5)) if inside.size else (0.0, 1.0)
-    scaled = (intensities - low) / max(float(high - low), 1e-6)
+    return float(low), float(high)
+
+
+def _windowed(intensities: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
+    """Grey values from 0 at ``low`` to 255 at ``high``."""
+    scaled = (intensities - np.float32(low)) / np.float32(max(high - low, 1e-6))
     return np.asarray(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
 
 
 def _best_index(labelled: NDArray[np.integer], axis: int) -> int:
     """The slice along ``axis`` that shows most: most labels first, then most labelled voxels."""
-    others = tuple(a for a in range(3) if a != axis)
-    voxels = np.count_nonzero(labelled, axis=others)
-    if not voxels.any():
+    present, voxels = [], []
+    for index in range(labelled.shape[axis]):
+        counts = np.bincount(np.take(labelled, index, axis).ravel())[1:]
+        present.append(np.count_nonzero(counts))
+        voxels.append(int(counts.sum()))
+    if not any(voxels):
         return int(labelled.shape[axis]) // 2
-    values = [v for v in np.unique(labelled) if v]
-    present = np.sum([(labelled == v).any(axis=others) for v in values], axis=0)
-    return int(np.argmax(present * (voxels.max() + 1) + voxels))
+    return max(range(len(voxels)), key=lambda i: (present[i], voxels[i]))
 
 
 def _draw_panel(

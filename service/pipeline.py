@@ -6,34 +6,34 @@ It knows no queue, no database and no network. The inference process runs it, an
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from pydicom.uid import SegmentationStorage
+import numpy as np
+from PIL import Image
 
 from models.manifest import Manifest, Precision
 from models.nifti import write_nifti
 from models.segmenter import Progress
 from models.volume import Labelmap, Volume
-from service.dicom.identifiers import result_uid
-from service.dicom.proof import prove_segmentation
-from service.dicom.segmentation import build_segmentation, write_segmentation
+from service.dicom.segmentation import require_encodable
 from service.inputs import PipelineInput, read_input
 from service.limits import check_grid
+from service.overlay import draw_overlay
+from service.profiles import Profile
+from service.rendering import Finding, OutputFile, describe, most_objects, render
 from service.spool import fsync_directory, fsync_file
 
-SEGMENTATION, LABELMAP, MEASUREMENTS = "segmentation.dcm", "labelmap.nii.gz", "measurements.json"
+LABELMAP, MEASUREMENTS, PREVIEW = "labelmap.nii.gz", "measurements.json", "preview.png"
 READ, WRITE, PROVE = "read", "write", "prove"
-
-Kind = Literal["segmentation", "labelmap", "measurements"]
 
 # Where each stage lies on the way from 0 to 1; forward is nearly all of it.
 _SPANS = {
@@ -72,7 +72,9 @@ class PipelineJob:
     settings_digest : str
         SHA-256 of the settings that can change a result; part of every derived UID.
     supersedes : tuple of str
-        SOP Instance UIDs of the segmentations that this result replaces.
+        SOP Instance UIDs of the objects that this result replaces.
+    profiles : tuple of Profile
+        The objects that destinations want: each profile is rendered once.
     unpack_limit_bytes : int
         How much an archive may unpack to.
     """
@@ -82,20 +84,8 @@ class PipelineJob:
     output_dir: Path
     settings_digest: str = ""
     supersedes: tuple[str, ...] = ()
-    destination_profile: str = "binary"
+    profiles: tuple[Profile, ...] = (Profile(),)
     unpack_limit_bytes: int = 16 * 1024**3
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A file that a run has written, by its place in the job's ``output_dir``."""
-
-    kind: Kind
-    name: str
-    size_bytes: int
-    sha256: str
-    sop_class_uid: str | None = None
-    sop_instance_uid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,40 +120,62 @@ def run(
     Returns
     -------
     PipelineOutcome
-        With a labelmap and measurements always, and a segmentation for DICOM input in which something was
-        found.
+        With a labelmap, measurements and a preview always, and for DICOM input with the objects of every
+        profile: segmentations where something was found, a report, a secondary capture.
 
     Raises
     ------
     Refusal
         If the input cannot be segmented, with the reason.
     SegnodeError
-        If the segmentation does not pass its proof, or the engine fails. Nothing is left in either case.
+        If an object does not pass its proof, or the engine fails. Nothing is left in either case.
     """
     with _complete_or_nothing(job.output_dir) as unfinished:
         progress(Progress(READ, 0, 1))
         given = read_input(job.channels, manifest, unfinished, unpack_limit_bytes=job.unpack_limit_bytes)
         check_grid(manifest, given.volume)
+        if given.sources:
+            require_encodable(given.sources[0])
         progress(Progress(READ, 1, 1))
         labelmap = segmenter.segment(given.volume, progress=progress)
         assert labelmap.array.shape == given.volume.shape_zyx
         progress(Progress(WRITE, 0, 1))
         write_nifti(labelmap, unfinished / LABELMAP)
-        files = [_output("labelmap", unfinished / LABELMAP)]
-        if given.sources and labelmap.array.any():
-            files.insert(
-                0, _write_dicom(job, given, labelmap, segmenter, manifest, digest, unfinished, progress)
-            )
         summary = _summary(given, labelmap, manifest)
+        picture = draw_overlay(
+            given.volume, labelmap, manifest.labels, title=f"{manifest.title} {manifest.version}"
+        )
+        _write(unfinished / PREVIEW, _png(picture))
+        files: list[OutputFile] = []
+        if given.sources:
+            finding = Finding(
+                sources=given.sources,
+                labelmap=labelmap,
+                manifest=manifest,
+                digest=digest,
+                runtime=segmenter.runtime_name,
+                precision=segmenter.precision.value,
+                created_at=job.created_at,
+                settings_digest=job.settings_digest,
+                comments=_comments(summary, job.supersedes),
+                picture=np.asarray(picture),
+            )
+            files = _render_all(finding, job.profiles, unfinished, progress)
         model = {"name": manifest.name, "version": manifest.version, "digest": digest}
         measurements = summary | {
             "schema_version": 1,
             "model": model | {"runtime": segmenter.runtime_name, "precision": segmenter.precision.value},
-            "segmentation_sop_instance_uid": files[0].sop_instance_uid,
+            "segmentation_sop_instance_uid": _first_uid(files, "segmentation"),
+            "report_sop_instance_uid": _first_uid(files, "report"),
             "supersedes_sop_instance_uids": list(job.supersedes),
         }
-        _write_json(unfinished / MEASUREMENTS, measurements)
-        files.append(_output("measurements", unfinished / MEASUREMENTS))
+        _write(unfinished / MEASUREMENTS, _json(measurements))
+        files += [
+            describe("labelmap", unfinished / LABELMAP),
+            describe("measurements", unfinished / MEASUREMENTS),
+            describe("preview", unfinished / PREVIEW),
+        ]
+        progress(Progress(PROVE, 1, 1))
     return PipelineOutcome(tuple(files), segmenter.runtime_name, segmenter.precision.value, summary)
 
 
@@ -173,48 +185,30 @@ def overall_fraction(progress: Progress) -> float:
     return start + (end - start) * min(1.0, progress.done / max(1, progress.total))
 
 
-def _write_dicom(
-    job: PipelineJob,
-    given: PipelineInput,
-    labelmap: Labelmap,
-    segmenter: SegmentsVolumes,
-    manifest: Manifest,
-    digest: str,
-    unfinished: Path,
-    progress: Callable[[Progress], None],
-) -> OutputFile:
-    """Write the segmentation, and prove from its file that it says what the labelmap says."""
-    source = given.sources[0]
-    sop_instance_uid, series_instance_uid = (
-        result_uid(
-            kind,
-            sop_instance_uids={uid for each in given.sources for uid in each.sop_instance_uids},
-            study_instance_uid=source.study_instance_uid,
-            patient_id=source.patient_id,
-            issuer_of_patient_id=source.identity.elements["IssuerOfPatientID"],
-            weights_digest=digest,
-            runtime=segmenter.runtime_name,
-            precision=segmenter.precision.value,
-            pipeline_version=version("segnode"),
-            settings_digest=job.settings_digest,
-            destination_profile=job.destination_profile,
+def _render_all(
+    finding: Finding, profiles: tuple[Profile, ...], folder: Path, progress: Callable[[Progress], None]
+) -> list[OutputFile]:
+    """The objects of every profile, each written and then proven from its file."""
+    total = 1 + sum(most_objects(finding, profile) for profile in profiles)
+    proven = count(1)
+    progress(Progress(PROVE, 0, total))
+    return [
+        file
+        for ordinal, profile in enumerate(profiles, 1)
+        for file in render(
+            finding, profile, folder, ordinal, lambda: progress(Progress(PROVE, next(proven), total))
         )
-        for kind in ("segmentation", "segmentation-series")
-    )
-    dataset = build_segmentation(
-        source,
-        labelmap,
-        manifest,
-        model_digest=digest,
-        sop_instance_uid=sop_instance_uid,
-        series_instance_uid=series_instance_uid,
-        content_datetime=job.created_at,
-    )
-    path = write_segmentation(dataset, unfinished / SEGMENTATION)
-    progress(Progress(PROVE, 0, 1))
-    prove_segmentation(path, source, labelmap, manifest)
-    progress(Progress(PROVE, 1, 1))
-    return _output("segmentation", path, str(SegmentationStorage), sop_instance_uid)
+    ]
+
+
+def _first_uid(files: list[OutputFile], kind: str) -> str | None:
+    return next((file.sop_instance_uid for file in files if file.kind == kind), None)
+
+
+def _comments(summary: dict[str, Any], supersedes: tuple[str, ...]) -> tuple[str, ...]:
+    """What the reader of the report is told: what was found, what is doubtful, what it replaces."""
+    replaced = (f"This result supersedes {', '.join(supersedes)}.",) if supersedes else ()
+    return (summary["sentence"], *summary["warnings"], *replaced)
 
 
 def _summary(given: PipelineInput, labelmap: Labelmap, manifest: Manifest) -> dict[str, Any]:
@@ -235,20 +229,19 @@ def _summary(given: PipelineInput, labelmap: Labelmap, manifest: Manifest) -> di
     return {"volumes_ml": volumes, "found": found, "sentence": sentence, "warnings": warnings}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(
-        json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
     fsync_file(path)
-
-
-def _output(
-    kind: Kind, path: Path, sop_class_uid: str | None = None, sop_instance_uid: str | None = None
-) -> OutputFile:
-    data = path.read_bytes()
-    return OutputFile(
-        kind, path.name, len(data), hashlib.sha256(data).hexdigest(), sop_class_uid, sop_instance_uid
-    )
 
 
 @contextmanager

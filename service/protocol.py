@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from service.errors import AttemptError
+from service.profiles import Profile
 
 MAXIMUM_LINE_BYTES = 16 * 1024**2  # the paths of 50,000 files fit
 
@@ -48,6 +49,7 @@ class RunJob(_Line):
     output_dir: Path
     settings_digest: str
     supersedes: tuple[str, ...] = ()
+    profiles: tuple[Profile, ...] = (Profile(),)
 
 
 class Ready(_Line):
@@ -70,7 +72,7 @@ class Advance(_OfAttempt):
 
 
 class WrittenFile(BaseModel):
-    """A result in the job's output folder. See :class:`service.pipeline.OutputFile`."""
+    """A result in the job's output folder. See :class:`service.rendering.OutputFile`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,6 +82,8 @@ class WrittenFile(BaseModel):
     sha256: str
     sop_class_uid: str | None = None
     sop_instance_uid: str | None = None
+    profile: str | None = None
+    withheld: str | None = None
 
 
 class Succeeded(_OfAttempt):

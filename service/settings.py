@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,6 +27,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 
 from service.errors import SettingsError
+from service.profiles import Profile
 
 GIB = 1024**3
 MIB = 1024**2
@@ -145,7 +147,7 @@ class DeliverySettings(_Section):
 
 
 class Destination(_Section):
-    """A storage SCP that results are sent to."""
+    """A storage SCP that results are sent to; ``profile`` says which objects it gets, and in which form."""
 
     name: Identifier
     ae_title: AETitle
@@ -153,6 +155,7 @@ class Destination(_Section):
     port: Port
     calling_ae_title: AETitle | None = None  # the node's own where not given
     timeout_s: float = Field(default=30.0, gt=0)
+    profile: Profile = Profile()
 
 
 class Condition(_Section):
@@ -178,7 +181,8 @@ class Route(_Section):
     ``calling_ae_title``, ``called_ae_title`` and ``instances``, to a condition; a bare value means
     ``equals``. :mod:`service.routing` says what holds when. ``several`` says what happens when several
     series of a study match: every one is segmented, the best one is (most instances, then the smallest
-    series number), or the study is refused.
+    series number), or the study is refused. With ``refusal_objects`` a refusal is sent to the destinations
+    too, as a small report, wherever patient and study can be told.
     """
 
     name: Identifier
@@ -191,6 +195,7 @@ class Route(_Section):
     priority: int = Field(default=0, ge=-100, le=100)
     maximum_study_age_days: float | None = Field(default=None, gt=0)
     queue_limit: int | None = Field(default=None, ge=1)
+    refusal_objects: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -300,6 +305,21 @@ class Settings(BaseSettings):
 
     def route(self, name: str) -> Route | None:
         return next((r for r in self.routes if r.name == name), None)
+
+    @property
+    def profile_keys(self) -> dict[str, str]:
+        """The key of every destination's profile, by the destination's name."""
+        return {d.name: d.profile.key for d in self.destinations}
+
+    def profiles_for(self, model_name: str, destinations: Iterable[str]) -> tuple[Profile, ...]:
+        """Every distinct profile that the results of a job may have to be rendered in, the most wanted first.
+
+        Beside those of the job's own destinations they are those of every route to the same model: a second
+        route may take the series when the job is already running. Without any, the default.
+        """
+        of_routes = (name for r in self.routes if r.model == model_name for name in r.destinations)
+        known = (self.destination(name) for name in (*destinations, *of_routes))
+        return tuple(dict.fromkeys(d.profile for d in known if d is not None)) or (Profile(),)
 
     @property
     def results_digest(self) -> str:

@@ -6,6 +6,7 @@ Geometry and voxels are judged by the job. A file's name, as its sender gave it,
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -146,6 +147,10 @@ def _check_archive(path: Path, name: str) -> str | None:
                 if any(info.flag_bits & 0x1 for info in members):
                     raise _bad_archive(f"{name} is an archive with a password.")
                 return _study_instance_uid(archive, members, path.with_name("probe"))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise  # the disk's fault, not the archive's
+        raise _bad_archive(f"{name} is a damaged archive: an offset lies before its beginning.") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
         raise _bad_archive(f"{name} is a damaged archive ({type(error).__name__}).") from error
 

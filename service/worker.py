@@ -25,6 +25,7 @@ from service.records.events import record_event
 from service.records.jobs import claim_job, reap_lapsed_jobs
 from service.records.leases import any_lease_lapsed, expire_leases, lease_owners
 from service.records.tables import Job, JobState
+from service.refusals import RefusalObjects
 from service.settings import Settings
 from service.spool import Spool
 
@@ -52,6 +53,7 @@ class Worker:
         self._records = records
         self._spool = spool
         self._completeness = Completeness(settings, records, spool)
+        self._refusals = RefusalObjects(records, spool, settings.profile_keys)
         self._deliverer = Deliverer(settings, records, spool)
         self._disk_is_full = False
 
@@ -112,7 +114,8 @@ class Worker:
 
     def _keep_house(self) -> bool:
         self.reap(utc_now())
-        return self._completeness.sweep(utc_now()) > 0
+        jobs = self._completeness.sweep(utc_now())
+        return jobs + self._refusals.sweep(utc_now()) > 0
 
     def _deliver(self) -> bool:
         return self._deliverer.run_once(utc_now())

@@ -11,13 +11,13 @@ import highdicom
 import numpy as np
 from pydicom import Dataset
 from pynetdicom import AE, evt
-from pynetdicom.sop_class import SegmentationStorage, Verification
+from pynetdicom.sop_class import EnhancedSRStorage, SegmentationStorage, Verification
 
 from models.volume import Labelmap, Volume
 
 
 class StorageScp:
-    """A storage SCP on a free port of this machine. What it gets lies in ``folder`` and in ``received``."""
+    """A storage SCP on a free port of this machine. What it gets lies in ``folder``; ``received``: SEGs."""
 
     def __init__(self, ae_title: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,6 +26,7 @@ class StorageScp:
         entity = AE(ae_title=ae_title)
         entity.add_supported_context(Verification)
         entity.add_supported_context(SegmentationStorage)
+        entity.add_supported_context(EnhancedSRStorage)
         self._server = entity.start_server(
             ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)]
         )
@@ -34,7 +35,8 @@ class StorageScp:
     def _store(self, event: Any) -> int:
         path = self.folder / f"{event.request.AffectedSOPInstanceUID}.dcm"
         path.write_bytes(event.encoded_dataset())
-        self.received.put(path)
+        if event.request.AffectedSOPClassUID == SegmentationStorage:  # the report lies beside it
+            self.received.put(path)
         return 0x0000
 
     def close(self) -> None:

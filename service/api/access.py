@@ -30,6 +30,9 @@ MINIMUM_ROLE: dict[str, Role] = {
     "read_labelmap": Role.UPLOADER,
     "read_segmentation_object": Role.UPLOADER,
     "read_measurements": Role.UPLOADER,
+    "read_report": Role.UPLOADER,
+    "read_capture": Role.UPLOADER,
+    "read_preview": Role.UPLOADER,
     "delete_segmentation": Role.UPLOADER,  # one's own; another's takes an admin
     "list_studies": Role.OPERATOR,
     "read_study": Role.OPERATOR,

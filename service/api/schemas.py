@@ -239,13 +239,17 @@ _LINK_OF_KIND = {
     ResultKind.LABELMAP: "labelmap",
     ResultKind.SEGMENTATION: "segmentation",
     ResultKind.MEASUREMENTS: "measurements",
+    ResultKind.REPORT: "report",
+    ResultKind.CAPTURE: "capture",
+    ResultKind.PREVIEW: "preview.png",
 }
 
 
 def segmentation(job: Job) -> Segmentation:
     """Describe a job; its session must still be open."""
     own = segmentation_path(job.job_id)
-    links = {"self": own} | {_LINK_OF_KIND[r.kind]: f"{own}/{_LINK_OF_KIND[r.kind]}" for r in job.results}
+    names = [_LINK_OF_KIND[kind] for kind in _LINK_OF_KIND if any(r.kind is kind for r in job.results)]
+    links = {"self": own} | {name.partition(".")[0]: f"{own}/{name}" for name in names}
     reason = None
     if job.reason_code is not None:
         reason = Reason(code=job.reason_code, sentence=job.reason or "", remedy=job.remedy or "")

@@ -67,11 +67,17 @@ _MEDIA_TYPE = {
     ResultKind.LABELMAP: "application/gzip",
     ResultKind.SEGMENTATION: "application/dicom",
     ResultKind.MEASUREMENTS: "application/json",
+    ResultKind.REPORT: "application/dicom",
+    ResultKind.CAPTURE: "application/dicom",
+    ResultKind.PREVIEW: "image/png",
 }
 _SUFFIX = {
     ResultKind.LABELMAP: ".nii.gz",
     ResultKind.SEGMENTATION: ".dcm",
     ResultKind.MEASUREMENTS: ".json",
+    ResultKind.REPORT: ".dcm",
+    ResultKind.CAPTURE: ".dcm",
+    ResultKind.PREVIEW: ".png",
 }
 
 
@@ -164,7 +170,10 @@ def read_labelmap(job_id: Identifier, state: State, caller: CallerDep) -> FileRe
     responses=_file_responses(ResultKind.SEGMENTATION, "The DICOM-SEG"),
 )
 def read_segmentation_object(job_id: Identifier, state: State, caller: CallerDep) -> FileResponse:
-    """The DICOM-SEG, where the input was DICOM and something was found."""
+    """The DICOM-SEG, where the input was DICOM and something was found.
+
+    Where destinations have profiles of their own it is the first object of the first of them.
+    """
     return _result_file(state, caller, job_id, ResultKind.SEGMENTATION)
 
 
@@ -176,6 +185,36 @@ def read_segmentation_object(job_id: Identifier, state: State, caller: CallerDep
 def read_measurements(job_id: Identifier, state: State, caller: CallerDep) -> FileResponse:
     """Volumes per label, and which model on which runtime made them."""
     return _result_file(state, caller, job_id, ResultKind.MEASUREMENTS)
+
+
+@router.get(
+    "/segmentations/{job_id}/report",
+    response_class=FileResponse,
+    responses=_file_responses(ResultKind.REPORT, "The DICOM SR"),
+)
+def read_report(job_id: Identifier, state: State, caller: CallerDep) -> FileResponse:
+    """Volumes per label as a DICOM structured report (TID 1500), where the input was DICOM."""
+    return _result_file(state, caller, job_id, ResultKind.REPORT)
+
+
+@router.get(
+    "/segmentations/{job_id}/capture",
+    response_class=FileResponse,
+    responses=_file_responses(ResultKind.CAPTURE, "The DICOM secondary capture"),
+)
+def read_capture(job_id: Identifier, state: State, caller: CallerDep) -> FileResponse:
+    """The picture of three planes as DICOM, where a destination takes it."""
+    return _result_file(state, caller, job_id, ResultKind.CAPTURE)
+
+
+@router.get(
+    "/segmentations/{job_id}/preview.png",
+    response_class=FileResponse,
+    responses=_file_responses(ResultKind.PREVIEW, "A picture, PNG"),
+)
+def read_preview(job_id: Identifier, state: State, caller: CallerDep) -> FileResponse:
+    """Three planes with the labels, in radiological convention: for looking, not for diagnosis."""
+    return _result_file(state, caller, job_id, ResultKind.PREVIEW)
 
 
 def _result_file(state: ApiState, caller: Caller, job_id: str, kind: ResultKind) -> FileResponse:

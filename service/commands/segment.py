@@ -47,6 +47,10 @@ def segment(
         str | None, typer.Option(help="auto, openvino, onnxruntime or onnxruntime-cuda.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all unless given.")] = None,
+    measurements: Annotated[
+        Path | None,
+        typer.Option(help="Write the volumes as a DICOM SR too (of DICOM input).", metavar="PATH"),
+    ] = None,
     config: Config = None,
 ) -> None:
     """Segment one case and write the labels; volumes go to standard output.
@@ -55,6 +59,8 @@ def segment(
     its reason code first on standard error.
     """
     kind = _kind_of(output, inputs)
+    if measurements is not None:
+        _check_measurements(measurements, output, inputs)
     if (model is None) == (bundle is None):
         raise typer.BadParameter("give one of --model and --bundle", param_hint="--model")
     settings = load(config)
@@ -88,24 +94,44 @@ def segment(
         finally:
             segmenter.close()
         bar.update(task, description="done", completed=1.0)
+        if measurements is not None:
+            _deliver(outcome, Path(scratch) / "results", "report", measurements)
         _deliver(outcome, Path(scratch) / "results", kind, output)
     _report(outcome, opened, output)
 
 
 def _kind_of(output: Path, inputs: list[Path]) -> str:
     """The kind of result that belongs to the output's name."""
-    from service.archive import is_dicom, is_zip
-
     kind = next((kind for suffix, kind in _KINDS.items() if output.name.lower().endswith(suffix)), None)
     if kind is None:
         raise typer.BadParameter(f"{output.name} must end in .nii.gz or .dcm", param_hint="--output")
     if not output.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
-    if kind == "segmentation" and not all(p.is_dir() or is_dicom(p) or is_zip(p) for p in inputs):
+    if kind == "segmentation" and not _are_dicom(inputs):
         raise typer.BadParameter(
             "a SEG needs the DICOM series that it belongs to; NIfTI gives out.nii.gz", param_hint="--output"
         )
     return kind
+
+
+def _check_measurements(path: Path, output: Path, inputs: list[Path]) -> None:
+    if not path.name.lower().endswith(".dcm"):
+        raise typer.BadParameter(f"{path.name} must end in .dcm", param_hint="--measurements")
+    if path.resolve() == output.resolve():
+        raise typer.BadParameter(f"{path.name} is taken by --output", param_hint="--measurements")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}", param_hint="--measurements")
+    if not _are_dicom(inputs):
+        raise typer.BadParameter(
+            "a DICOM SR needs the DICOM series that it belongs to; the volumes of NIfTI are printed",
+            param_hint="--measurements",
+        )
+
+
+def _are_dicom(inputs: list[Path]) -> bool:
+    from service.archive import is_dicom, is_zip
+
+    return all(path.is_dir() or is_dicom(path) or is_zip(path) for path in inputs)
 
 
 def _open(model: str | None, bundle: Path | None, config: Path | None) -> tuple[Bundle, Path]:

@@ -1,4 +1,4 @@
-"""The frames of a BINARY segmentation, encoded in bulk.
+"""The frames of a segmentation, encoded in bulk.
 
 highdicom builds every frame's functional groups as data sets of their own and pydicom then encodes them
 one element after the other, which takes minutes for a hundred labels. All that differs between frames is
@@ -22,12 +22,12 @@ from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import Tag
 
 FrameList = list[tuple[int, int]]
-"""(segment number, z) of every frame, in stored order."""
+"""(segment number, z) of every frame, in stored order; the number is 0 where a frame shows all segments."""
 
 _ITEM = b"\xfe\xff\x00\xe0"
 
 
-def pack_frames(segments: NDArray[Any], count: int) -> tuple[FrameList, bytes]:
+def pack_frames(segments: NDArray[Any], count: int, *, keep_empty: bool = False) -> tuple[FrameList, bytes]:
     """List the planes that hold a segment, segment by segment, and pack their pixels.
 
     Parameters
@@ -36,6 +36,8 @@ def pack_frames(segments: NDArray[Any], count: int) -> tuple[FrameList, bytes]:
         Segment numbers; 0 is none.
     count : int
         Number of segments.
+    keep_empty : bool
+        List every plane of every segment, also where it is empty.
 
     Returns
     -------
@@ -43,7 +45,7 @@ def pack_frames(segments: NDArray[Any], count: int) -> tuple[FrameList, bytes]:
         Pixels are packed without a gap between frames, the first pixel in the lowest bit (PS3.5 section
         8.1.1), and padded to an even length.
     """
-    present = np.zeros((len(segments), count + 1), bool)
+    present = np.full((len(segments), count + 1), keep_empty)
     for z, plane in enumerate(segments):
         present[z, plane.ravel()] = True
     frames = [(n, int(z)) for n in range(1, count + 1) for z in np.flatnonzero(present[:, n])]
@@ -60,6 +62,26 @@ def pack_frames(segments: NDArray[Any], count: int) -> tuple[FrameList, bytes]:
     return frames, data + b"\0" * (len(data) % 2)
 
 
+def pack_labelmap_frames(segments: NDArray[Any], *, keep_empty: bool = False) -> tuple[FrameList, bytes]:
+    """List the planes that hold anything, and their pixels, of which each is a segment number.
+
+    Parameters
+    ----------
+    segments : (Z, Y, X) array, uint8 or uint16
+        Segment numbers; 0 is background.
+    keep_empty : bool
+        List every plane.
+
+    Returns
+    -------
+    frames, pixel_data
+        Pixels are in little endian, padded to an even length.
+    """
+    planes = [z for z in range(len(segments)) if keep_empty or segments[z].any()]
+    data = segments[planes].astype(segments.dtype.newbyteorder("<")).tobytes()
+    return [(0, z) for z in planes], data + b"\0" * (len(data) % 2)
+
+
 def functional_groups(
     frames: FrameList, positions: Sequence[Dataset], derivations: Sequence[Dataset]
 ) -> RawDataElement:
@@ -73,17 +95,20 @@ def functional_groups(
     last = max(n for n, _ in frames)
     position_of = [_sequence("PlanePositionSequence", item) for item in positions]
     derivation_of = [_sequence("DerivationImageSequence", item) for item in derivations]
-    segment_of = [_sequence("SegmentIdentificationSequence", _segment(n)) for n in range(last + 1)]
-    content = _sequence("FrameContentSequence", _index_values(0, 0))
-    content = content[:-8]  # the two index values of 4 bytes each come last
+    segment_of = [
+        _sequence("SegmentIdentificationSequence", _segment(n)) if n else b"" for n in range(last + 1)
+    ]
+    for_all = _sequence("FrameContentSequence", _index_values(0))
+    for_one = _sequence("FrameContentSequence", _index_values(0, 0))
 
     parts: list[bytes] = []
     for n, z in frames:
+        # The index values of 4 bytes each come last: of the segment, where a frame shows one, and the plane.
+        content = for_one[:-8] + n.to_bytes(4, "little") if n else for_all[:-4]
         body = b"".join(
             (  # in the order of tags
                 derivation_of[z],
                 content,
-                n.to_bytes(4, "little"),
                 (z + 1).to_bytes(4, "little"),
                 position_of[z],
                 segment_of[n],
@@ -101,9 +126,9 @@ def _segment(number: int) -> Dataset:
     return item
 
 
-def _index_values(segment: int, position: int) -> Dataset:
+def _index_values(*values: int) -> Dataset:
     item = Dataset()
-    item.DimensionIndexValues = [segment, position]
+    item.DimensionIndexValues = list(values)
     return item
 
 

@@ -1,4 +1,8 @@
-"""The labelmap of a series as a BINARY DICOM Segmentation (PS3.3 A.51) on the planes of its source.
+"""The labelmap of a series as a DICOM Segmentation (PS3.3 A.51) on the planes of its source.
+
+A BINARY one has a frame for each plane and segment; a LABELMAP one has a frame for each plane, in which the
+value of a pixel is its segment's number, and 0 a segment for the background.
+
 
 Every frame takes position and orientation from the header of the slice that it covers: nothing is flipped,
 resampled or recomputed. Two builds of the same result are byte-identical.
@@ -6,38 +10,51 @@ resampled or recomputed. Two builds of the same result are byte-identical.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import Literal
 
 import highdicom as hd
 import numpy as np
-from pydicom import dcmwrite
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.sr.coding import Code
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import ExplicitVRLittleEndian
 
 from models.errors import ReasonCode, Refusal, SegnodeError
-from models.manifest import Label, Laterality, Manifest
+from models.manifest import Label, Manifest
 from models.volume import Labelmap
 from service.dicom.coding import LONGEST_TEXT, code_sequence, decimal_strings
-from service.dicom.elements import quiet, string
+from service.dicom.derived import (
+    ARTIFICIAL_INTELLIGENCE,
+    LATERALITY,
+    Making,
+    category_code,
+    plane_header,
+    references_of,
+    set_dates,
+    set_equipment,
+    set_identity,
+    set_implementation,
+    set_lossy,
+    type_code,
+    unverified,
+    write_object,
+)
+from service.dicom.elements import quiet
 from service.dicom.identifiers import derived_uid
-from service.dicom.segment_frames import functional_groups, pack_frames
+from service.dicom.segment_frames import (
+    FrameList,
+    functional_groups,
+    pack_frames,
+    pack_labelmap_frames,
+)
 from service.dicom.series import SourceSeries
 
-_LATERALITY = {
-    Laterality.LEFT: Code("7771000", "SCT", "Left"),
-    Laterality.RIGHT: Code("24028007", "SCT", "Right"),
-    Laterality.BOTH: Code("51440002", "SCT", "Right and left"),
-}
-_CODE_STRING = re.compile(r"[A-Z0-9_ ]{1,16}")
-_ARTIFICIAL_INTELLIGENCE = Code("123110", "DCM", "Artificial Intelligence")
-_PROCESSING_EQUIPMENT = Code("109102", "DCM", "Processing Equipment")
+SegmentationForm = Literal["binary", "labelmap"]
+
 _SEGMENTATION = Code("113076", "DCM", "Segmentation")
 _SOURCE_IMAGE = Code("121322", "DCM", "Source image for image processing operation")
 
@@ -82,8 +99,11 @@ def build_segmentation(
     series_instance_uid: str,
     content_datetime: datetime,
     series_number: int = 900,
-    pipeline_version: str | None = None,
+    pipeline_version: str = "",
     device_serial_number: str = "segnode",
+    form: SegmentationForm = "binary",
+    keep_empty_frames: bool = False,
+    instance_number: int = 1,
 ) -> Dataset:
     """Encode a labelmap as a Segmentation object of its source series.
 
@@ -107,6 +127,12 @@ def build_segmentation(
         Software version; that of the installed distribution by default.
     device_serial_number : str
         Name of the node.
+    form : str
+        BINARY or LABELMAP.
+    keep_empty_frames : bool
+        Whether planes on which a segment is nowhere get a frame too.
+    instance_number : int
+        Number of the object in its series.
 
     Returns
     -------
@@ -128,37 +154,33 @@ def build_segmentation(
     if not labels:
         raise EmptySegmentationError("None of the model's labels was found.")
 
-    software = pipeline_version or version_of("segnode")
+    making = Making(
+        sop_instance_uid,
+        series_instance_uid,
+        content_datetime,
+        model_digest,
+        pipeline_version,
+        device_serial_number,
+    )
     with quiet():  # identifiers that break their VR are passed on as they are
-        dataset = _skeleton(
-            source, manifest, labels, sop_instance_uid, series_instance_uid, series_number, software,
-            device_serial_number,
-        )  # fmt: skip
-        _set_dates(dataset, content_datetime)
-        _set_texts(dataset, source, manifest, software)
-        _set_equipment(dataset, manifest, model_digest, content_datetime)
+        dataset = _skeleton(source, manifest, labels, making, form, series_number, instance_number)
+        set_dates(dataset, content_datetime)
+        set_identity(dataset, source.identity, source.headers)
+        dataset.ContentDescription = f"{manifest.name} {manifest.version}"[:LONGEST_TEXT]
+        dataset.ContentCreatorName = None
+        set_implementation(dataset, making)
+        set_equipment(dataset, making, manifest)
         _set_references(dataset, source)
         _set_dimensions(dataset, sop_instance_uid)
-        _set_lossy(dataset, source)
+        set_lossy(dataset, source)
         _set_shared_groups(dataset, source)
-        _set_frames(dataset, source, labelmap, labels)
+        _set_frames(dataset, source, labelmap, labels, form, keep_empty_frames)
     return dataset
 
 
 def write_segmentation(dataset: Dataset, path: Path) -> Path:
     """Write a Part 10 file that is on the disk when this returns, and whole or not there at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        dcmwrite(file, dataset, enforce_file_format=True)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return path
+    return write_object(dataset, path)
 
 
 def require_encodable(source: SourceSeries) -> None:
@@ -192,33 +214,32 @@ def _skeleton(
     source: SourceSeries,
     manifest: Manifest,
     labels: Sequence[Label],
-    sop_instance_uid: str,
-    series_instance_uid: str,
+    making: Making,
+    form: SegmentationForm,
     series_number: int,
-    software: str,
-    device_serial_number: str,
+    instance_number: int,
 ) -> Dataset:
     """All modules as highdicom makes them, for a segmentation of one plane with one pixel in it."""
     algorithm = hd.AlgorithmIdentificationSequence(
-        name=manifest.title, family=_ARTIFICIAL_INTELLIGENCE, version=manifest.version, source="segnode"
+        name=manifest.title, family=ARTIFICIAL_INTELLIGENCE, version=manifest.version, source="segnode"
     )
-    plane = np.zeros((1, *source.volume.shape_zyx[1:]), np.uint8)
+    plane = np.zeros((1, *source.volume.shape_zyx[1:]), np.uint16 if len(labels) > 255 else np.uint8)
     plane[0, 0, 0] = 1
     made = hd.seg.Segmentation(
-        source_images=[_plane_header(source, 0)],
+        source_images=[plane_header(source, 0)],
         pixel_array=plane,
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segmentation_type=hd.seg.SegmentationTypeValues[form.upper()],
         segment_descriptions=[_describe(number, label, algorithm) for number, label in enumerate(labels, 1)],
-        series_instance_uid=series_instance_uid,
+        series_instance_uid=making.series_instance_uid,
         series_number=series_number,
-        sop_instance_uid=sop_instance_uid,
-        instance_number=1,
+        sop_instance_uid=making.sop_instance_uid,
+        instance_number=instance_number,
         manufacturer="segnode",
         manufacturer_model_name="segnode",
-        software_versions=software[:LONGEST_TEXT],
-        device_serial_number=device_serial_number[:LONGEST_TEXT],
+        software_versions=making.software_version,
+        device_serial_number=making.device_serial_number[:LONGEST_TEXT],
         content_label="AI_SEGMENTATION",
-        series_description=f"AI, unverified: {manifest.title}"[:LONGEST_TEXT],
+        series_description=unverified(manifest.title),
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
     dataset = Dataset()
@@ -227,89 +248,29 @@ def _skeleton(
     return dataset
 
 
-def _plane_header(source: SourceSeries, z: int) -> Dataset:
-    """What highdicom reads of a source image, and nothing that a vendor may have got wrong."""
-    index, _ = source.frame_numbers[z]
-    header = Dataset()
-    source.identity.write(header)
-    header.SOPClassUID = MRImageStorage  # any single-frame class: all references are written anew below
-    header.SOPInstanceUID = source.sop_instance_uids[index]
-    header.SeriesInstanceUID = source.series_instance_uid
-    header.Modality = source.modality
-    header.FrameOfReferenceUID = source.frame_of_reference_uid
-    header.PositionReferenceIndicator = None
-    header.Rows, header.Columns = source.volume.shape_zyx[1:]
-    header.ImagePositionPatient = decimal_strings(source.positions_mm[z])
-    header.ImageOrientationPatient = decimal_strings(source.orientation)
-    header.PixelSpacing = decimal_strings(source.pixel_spacing_mm)
-    header.SliceThickness = decimal_strings([source.slice_spacing_mm])[0]
-    return header
-
-
 def _describe(
     number: int, label: Label, algorithm: hd.AlgorithmIdentificationSequence
 ) -> hd.seg.SegmentDescription:
-    category, kind = label.category, label.type
     description = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=label.name,
-        segmented_property_category=Code(category.value, category.scheme, category.meaning),
-        segmented_property_type=Code(kind.value, kind.scheme, kind.meaning),
+        segmented_property_category=category_code(label),
+        segmented_property_type=type_code(label),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=algorithm,
         display_color=hd.color.CIELabColor.from_rgb(*label.color_rgb),
     )
     if label.laterality is not None:
         coded = description.SegmentedPropertyTypeCodeSequence[0]
-        coded.SegmentedPropertyTypeModifierCodeSequence = code_sequence(_LATERALITY[label.laterality])
+        coded.SegmentedPropertyTypeModifierCodeSequence = code_sequence(LATERALITY[label.laterality])
     return description
-
-
-def _set_dates(dataset: Dataset, moment: datetime) -> None:
-    date, time = moment.strftime("%Y%m%d"), moment.strftime("%H%M%S.%f")
-    for keyword in ("InstanceCreation", "Content", "Series"):
-        setattr(dataset, f"{keyword}Date", date)
-        setattr(dataset, f"{keyword}Time", time)
-
-
-def _set_texts(dataset: Dataset, source: SourceSeries, manifest: Manifest, software: str) -> None:
-    source.identity.write(dataset)
-    dataset.ContentDescription = f"{manifest.name} {manifest.version}"[:LONGEST_TEXT]
-    dataset.ContentCreatorName = None
-    body_part = string(source.headers[0], "BodyPartExamined")
-    if body_part is not None and _CODE_STRING.fullmatch(body_part):
-        dataset.BodyPartExamined = body_part
-    meta = dataset.file_meta
-    meta.ImplementationClassUID = derived_uid("implementation", name="segnode")
-    meta.ImplementationVersionName = f"SEGNODE {software}"[:16]
-
-
-def _set_equipment(dataset: Dataset, manifest: Manifest, model_digest: str, moment: datetime) -> None:
-    """Which weights made this: the digest stands alone in Software Versions, 64 characters of 64."""
-    assert len(model_digest) == LONGEST_TEXT, "a model digest is 64 hexadecimal digits"
-    weights = Dataset()
-    weights.Manufacturer = "segnode"
-    weights.ManufacturerModelName = f"{manifest.name} {manifest.version}"[:LONGEST_TEXT]
-    weights.SoftwareVersions = model_digest
-    weights.ContributionDateTime = moment.strftime("%Y%m%d%H%M%S.%f")
-    weights.ContributionDescription = "Model; the software version is the SHA-256 of its bundle"
-    library = Dataset()
-    library.Manufacturer = "Highdicom open-source contributors"
-    library.ManufacturerModelName = "highdicom"
-    library.SoftwareVersions = version_of("highdicom")
-    library.ContributionDescription = "Software library used to create this instance"
-    for item in (weights, library):
-        item.PurposeOfReferenceCodeSequence = code_sequence(_PROCESSING_EQUIPMENT)
-    dataset.ContributingEquipmentSequence = DicomSequence([weights, library])
 
 
 def _set_references(dataset: Dataset, source: SourceSeries) -> None:
     """The series and all its instances: viewers find the images of a segmentation by this sequence."""
     series = Dataset()
     series.SeriesInstanceUID = source.series_instance_uid
-    series.ReferencedInstanceSequence = DicomSequence(
-        [_reference(source, index) for index in range(len(source.headers))]
-    )
+    series.ReferencedInstanceSequence = DicomSequence([each.item() for each in references_of(source)])
     dataset.ReferencedSeriesSequence = DicomSequence([series])
     if "SourceImageSequence" in dataset:
         del dataset.SourceImageSequence  # names the skeleton's one plane; every frame names its own
@@ -319,13 +280,6 @@ def _set_dimensions(dataset: Dataset, sop_instance_uid: str) -> None:
     organization = derived_uid("dimension-organization", sop_instance_uid=sop_instance_uid)
     for item in (*dataset.DimensionOrganizationSequence, *dataset.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization
-
-
-def _set_lossy(dataset: Dataset, source: SourceSeries) -> None:
-    dataset.LossyImageCompression = "01" if source.lossy else "00"
-    if source.lossy:
-        dataset.LossyImageCompressionRatio = source.lossy_ratio
-        dataset.LossyImageCompressionMethod = source.lossy_method
 
 
 def _set_shared_groups(dataset: Dataset, source: SourceSeries) -> None:
@@ -339,19 +293,45 @@ def _set_shared_groups(dataset: Dataset, source: SourceSeries) -> None:
     dataset.SharedFunctionalGroupsSequence = DicomSequence([shared])
 
 
-def _set_frames(dataset: Dataset, source: SourceSeries, labelmap: Labelmap, labels: Sequence[Label]) -> None:
+def _set_frames(
+    dataset: Dataset,
+    source: SourceSeries,
+    labelmap: Labelmap,
+    labels: Sequence[Label],
+    form: SegmentationForm,
+    keep_empty_frames: bool,
+) -> None:
+    segments = _segment_numbers(labelmap, labels)
+    if form == "binary":
+        frames, pixel_data = pack_frames(segments, len(labels), keep_empty=keep_empty_frames)
+        dataset.add_new("PixelData", "OB", pixel_data)
+    else:
+        frames, pixel_data = pack_labelmap_frames(segments, keep_empty=keep_empty_frames)
+        bits = 8 * segments.dtype.itemsize
+        assert dataset.BitsAllocated == bits, "highdicom allocates what the largest segment number needs"
+        dataset.add_new("PixelPaddingValue", "US", 0)  # the background
+        dataset.add_new("PixelData", "OB" if bits == 8 else "OW", pixel_data)
+    _set_frame_groups(dataset, source, frames)
+
+
+def _segment_numbers(labelmap: Labelmap, labels: Sequence[Label]) -> NDArray[np.unsignedinteger]:
+    """(Z, Y, X): the segment number of every voxel, 0 for the background."""
     number_of = np.zeros(int(labelmap.array.max()) + 1, np.uint16 if len(labels) > 255 else np.uint8)
     for number, label in enumerate(labels, 1):
         number_of[label.value] = number
-    frames, pixel_data = pack_frames(number_of[labelmap.array], len(labels))
+    numbers: NDArray[np.unsignedinteger] = number_of[labelmap.array]
+    return numbers
 
+
+def _set_frame_groups(dataset: Dataset, source: SourceSeries, frames: FrameList) -> None:
+    references = references_of(source)
     positions, derivations = [], []
     for z, position_mm in enumerate(source.positions_mm):
         position, derivation = Dataset(), Dataset()
         position.ImagePositionPatient = decimal_strings(position_mm)
         positions.append(position)
         index, frame_number = source.frame_numbers[z]
-        image = _reference(source, index)
+        image = references[index].item()
         if "NumberOfFrames" in source.headers[index]:
             image.ReferencedFrameNumber = frame_number
         image.SpatialLocationsPreserved = "YES"
@@ -361,21 +341,9 @@ def _set_frames(dataset: Dataset, source: SourceSeries, labelmap: Labelmap, labe
         derivations.append(derivation)
 
     dataset.NumberOfFrames = len(frames)
-    dataset.add_new("PixelData", "OB", pixel_data)
     groups = functional_groups(frames, positions, derivations)
     del dataset[groups.tag]
     dataset.set_original_encoding(
         False, True, dataset._character_set
     )  # or the raw groups would be re-encoded
     dataset[groups.tag] = groups
-
-
-def _reference(source: SourceSeries, index: int) -> Dataset:
-    item = Dataset()
-    item.ReferencedSOPClassUID = _sop_class_uid(source.headers[index])
-    item.ReferencedSOPInstanceUID = source.sop_instance_uids[index]
-    return item
-
-
-def _sop_class_uid(header: Dataset) -> str:
-    return string(header, "SOPClassUID") or ""

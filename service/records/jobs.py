@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.errors import SegnodeError
 from service.errors import ConflictError, LostClaimError, NotFoundError
 from service.records.database import change
+from service.records.outbox import queue_deliveries
 from service.records.tables import (
     Delivery,
     DeliveryState,
@@ -31,8 +33,10 @@ from service.records.tables import (
     JobInput,
     JobOrigin,
     JobState,
+    RefusalObject,
     Result,
     ResultKind,
+    new_identifier,
 )
 
 
@@ -56,6 +60,7 @@ class NewJob:
     requested_version: str | None = None
     route_name: str | None = None
     destinations: Sequence[str] = ()
+    refusal_destinations: Sequence[str] = ()  # that get an object if the job is refused
     study_instance_uid: str | None = None
     series_id: str | None = None
     owner_key_id: str | None = None
@@ -72,6 +77,8 @@ class NewResult:
     sha256: str
     sop_class_uid: str | None = None
     sop_instance_uid: str | None = None
+    profile: str | None = None  # of the destinations that get it; None for all
+    withheld: str | None = None  # why its deliveries are parked at once
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,8 @@ def enqueue(session: Session, new: NewJob, *, at: datetime) -> tuple[Job, bool]:
         requested_version=new.requested_version,
         route_name=new.route_name,
         destinations=list(new.destinations),
+        refusal_destinations=list(new.refusal_destinations),
+        refusal_object=RefusalObject.WANTED if new.refusal_destinations else RefusalObject.NONE,
         input_key=new.input_key,
         study_instance_uid=new.study_instance_uid,
         series_id=new.series_id,
@@ -203,10 +212,18 @@ def renew_lease(
 _RELEASED: dict[str, Any] = {"lease_owner": None, "lease_expires_at": None}
 
 
-def succeed_job(session: Session, job_id: str, attempt: int, outcome: Outcome, *, now: datetime) -> None:
-    """End a job with its results, and put one delivery per DICOM result and destination into the queue.
+def succeed_job(
+    session: Session,
+    job_id: str,
+    attempt: int,
+    outcome: Outcome,
+    *,
+    now: datetime,
+    profile_keys: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """End a job with its results, and queue its DICOM objects for the destinations that they were made for.
 
-    Raises LostClaimError.
+    ``profile_keys`` holds the key of every destination's profile. Raises LostClaimError.
     """
     _report(
         session,
@@ -224,8 +241,9 @@ def succeed_job(session: Session, job_id: str, attempt: int, outcome: Outcome, *
         **_RELEASED,
     )
     job = session.get_one(Job, job_id)
-    for new in outcome.results:
-        result = Result(
+    results = [
+        Result(
+            result_id=new_identifier(),
             job_id=job_id,
             kind=new.kind,
             path=new.path,
@@ -233,22 +251,15 @@ def succeed_job(session: Session, job_id: str, attempt: int, outcome: Outcome, *
             sha256=new.sha256,
             sop_class_uid=new.sop_class_uid,
             sop_instance_uid=new.sop_instance_uid,
+            profile=new.profile,
+            withheld=new.withheld,
             created_at=now,
         )
-        session.add(result)
-        session.flush()
-        if new.sop_instance_uid is None:
-            continue
-        session.add_all(
-            Delivery(
-                result_id=result.result_id,
-                job_id=job_id,
-                destination=destination,
-                next_attempt_at=now,
-                created_at=now,
-            )
-            for destination in job.destinations
-        )
+        for new in outcome.results
+    ]
+    session.add_all(results)
+    session.flush()
+    queue_deliveries(session, job, results, job.destinations, profile_keys, at=now)
 
 
 def refuse_job(
@@ -370,6 +381,9 @@ def retry_job(session: Session, job_id: str) -> Job:
             reason_code=None,
             reason=None,
             remedy=None,
+            refusal_object=case(
+                (Job.refusal_object == RefusalObject.NONE, RefusalObject.NONE), else_=RefusalObject.WANTED
+            ),
         ),
     )
     if not changed:

@@ -8,26 +8,34 @@ A late slice makes a new job, and the new one stands for the series from then on
   result remains the only one there is, and goes out.
 
 A result that has left cannot be called back: the newer job names the older one (``supersedes_job_id``), and
-its measurements name the older segmentation.
+its report and measurements name the older objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
+from types import MappingProxyType
 
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from service.records.database import change
 from service.records.jobs import NewJob, enqueue
+from service.records.outbox import is_result, queue_deliveries
+from service.records.refusals import add_refusal_destinations
 from service.records.tables import Delivery, DeliveryState, Job, JobState, Result
 
 _NOT_ENDED = (JobState.QUEUED, JobState.RUNNING)
 
 
 def enqueue_newest(
-    session: Session, new: NewJob, *, at: datetime, one_per_study: bool = False
+    session: Session,
+    new: NewJob,
+    *,
+    at: datetime,
+    one_per_study: bool = False,
+    profile_keys: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Job, bool]:
     """Put a job into the queue, and cancel the older ones of its series and model that have not ended.
 
@@ -40,6 +48,8 @@ def enqueue_newest(
     one_per_study : bool
         The route takes one series of a study: jobs of the same route for other series of the study are
         superseded too.
+    profile_keys : mapping of str to str
+        The key of every destination's profile.
 
     Returns
     -------
@@ -48,7 +58,8 @@ def enqueue_newest(
     """
     job, is_new = enqueue(session, new, at=at)
     if not is_new:
-        add_destinations(session, job, new.destinations, at=at)
+        add_destinations(session, job, new.destinations, profile_keys, at=at)
+        add_refusal_destinations(session, job, new.refusal_destinations, profile_keys, at=at)
         return job, False
     of_the_same = [Job.series_id == new.series_id] if new.series_id else []
     if one_per_study and new.study_instance_uid:
@@ -73,13 +84,21 @@ def enqueue_newest(
 
 
 def refuse_at_once(
-    session: Session, new: NewJob, *, code: str, reason: str, remedy: str, at: datetime, one_per_study: bool
+    session: Session,
+    new: NewJob,
+    *,
+    code: str,
+    reason: str,
+    remedy: str,
+    at: datetime,
+    one_per_study: bool,
+    profile_keys: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Job, bool]:
     """Record a job that is refused before it runs, so that the refusal is seen like every other.
 
     Returns the job, and whether it is new; the same input again changes nothing.
     """
-    job, is_new = enqueue_newest(session, new, at=at, one_per_study=one_per_study)
+    job, is_new = enqueue_newest(session, new, at=at, one_per_study=one_per_study, profile_keys=profile_keys)
     if is_new:
         job.state = JobState.REFUSED
         job.finished_at = at
@@ -88,25 +107,17 @@ def refuse_at_once(
     return job, is_new
 
 
-def add_destinations(session: Session, job: Job, destinations: Iterable[str], *, at: datetime) -> None:
+def add_destinations(
+    session: Session, job: Job, destinations: Iterable[str], profile_keys: Mapping[str, str], *, at: datetime
+) -> None:
     """Let a job's results go to further destinations; results that exist are queued for them now."""
     further = [name for name in destinations if name not in job.destinations]
     if not further:
         return
     job.destinations = [*job.destinations, *further]
     if job.state is JobState.SUCCEEDED:
-        of_dicom = select(Result).where(Result.job_id == job.job_id, Result.sop_instance_uid.is_not(None))
-        for result in session.scalars(of_dicom):
-            session.add_all(
-                Delivery(
-                    result_id=result.result_id,
-                    job_id=job.job_id,
-                    destination=name,
-                    next_attempt_at=at,
-                    created_at=at,
-                )
-                for name in further
-            )
+        results = session.scalars(select(Result).where(Result.job_id == job.job_id).order_by(Result.path))
+        queue_deliveries(session, job, [r for r in results if is_result(r)], further, profile_keys, at=at)
     session.flush()
 
 
@@ -120,8 +131,8 @@ def superseded_jobs(session: Session, job_id: str) -> list[Job]:
     return chain
 
 
-def superseded_segmentations(session: Session, job_id: str) -> list[str]:
-    """SOP Instance UIDs of the segmentations that this job's result will supersede, newest first."""
+def superseded_objects(session: Session, job_id: str) -> list[str]:
+    """SOP Instance UIDs of the objects that this job's result will supersede, newest job first."""
     uids: list[str] = []
     for job in superseded_jobs(session, job_id):
         uids += session.scalars(

@@ -52,6 +52,17 @@ class ResultKind(StrEnum):
     SEGMENTATION = "segmentation"  # DICOM-SEG
     LABELMAP = "labelmap"  # NIfTI
     MEASUREMENTS = "measurements"  # JSON
+    REPORT = "report"  # DICOM SR with the volumes
+    CAPTURE = "capture"  # DICOM secondary capture
+    PREVIEW = "preview"  # PNG
+    REFUSAL = "refusal"  # DICOM SR that says why there is no result
+
+
+class RefusalObject(StrEnum):
+    NONE = "none"  # nobody asked for one
+    WANTED = "wanted"  # to be made if the job is refused
+    MADE = "made"
+    WITHHELD = "withheld"  # it cannot be told for sure whose it is
 
 
 class DeliveryState(StrEnum):
@@ -74,6 +85,7 @@ _ENUMERATIONS: tuple[type[StrEnum], ...] = (
     JobState,
     JobOrigin,
     ResultKind,
+    RefusalObject,
     DeliveryState,
     Role,
 )
@@ -156,6 +168,7 @@ class Job(Base):
     __table_args__ = (
         UniqueConstraint("input_key", "model_name"),
         Index("ix_job_queue", "state", "priority", "created_at"),
+        Index("ix_job_refusal_object", "refusal_object", "state"),
     )
 
     job_id: Mapped[str] = mapped_column(String(32), primary_key=True, default=new_identifier)
@@ -164,6 +177,8 @@ class Job(Base):
     requested_version: Mapped[str | None] = mapped_column(String(64))
     route_name: Mapped[str | None] = mapped_column(String(64))
     destinations: Mapped[list[str]] = mapped_column(default=list)
+    refusal_destinations: Mapped[list[str]] = mapped_column(default=list)  # of a refusal object
+    refusal_object: Mapped[RefusalObject] = mapped_column(default=RefusalObject.NONE)
     input_key: Mapped[str] = mapped_column(String(64))
     study_instance_uid: Mapped[str | None] = mapped_column(String(64), index=True)
     series_id: Mapped[str | None] = mapped_column(ForeignKey("series.series_id"), index=True)
@@ -195,7 +210,7 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
 
     inputs: Mapped[list[JobInput]] = relationship(back_populates="job", order_by="JobInput.position")
-    results: Mapped[list[Result]] = relationship(back_populates="job")
+    results: Mapped[list[Result]] = relationship(back_populates="job", order_by="Result.path")
 
 
 class JobInput(Base):
@@ -225,6 +240,8 @@ class Result(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     sop_class_uid: Mapped[str | None] = mapped_column(String(64))
     sop_instance_uid: Mapped[str | None] = mapped_column(String(64), index=True)
+    profile: Mapped[str | None] = mapped_column(String(16))  # of the destinations that get it; null for all
+    withheld: Mapped[str | None]  # why it is parked until a person lets it go
     created_at: Mapped[datetime]
 
     job: Mapped[Job] = relationship(back_populates="results")

@@ -13,6 +13,7 @@ from storage_scp import StorageScp
 from models.registry import Registry
 
 STUDIES = 20
+OBJECTS = 2 * STUDIES  # a segmentation and a report each
 # Longer than a sender needs to come back to a series after the receiver was killed under it.
 QUIET_TIME_S = {"receive": 20.0}
 
@@ -75,7 +76,7 @@ def test_every_study_ends_with_one_result(victim: str, models_dir: Path, tmp_pat
                     until(lambda: victim in node.processes(), 60, node.log)
                     kills += node.kill_part(victim)
             assert kills
-            until(lambda: len({o.sop_instance_uid for o in pacs.objects}) >= STUDIES, 240, node.log)
+            until(lambda: len({o.sop_instance_uid for o in pacs.objects}) >= OBJECTS, 240, node.log)
             until(lambda: is_listening(node.http_port), 60, node.log)
             jobs = node.wait_for_jobs(STUDIES)
             deliveries = node.items("/deliveries")
@@ -83,7 +84,7 @@ def test_every_study_ends_with_one_result(victim: str, models_dir: Path, tmp_pat
             node.stop()
     assert sorted(j["study_instance_uid"] for j in jobs) == sorted({j["study_instance_uid"] for j in jobs})
     assert [j["state"] for j in jobs] == ["succeeded"] * STUDIES
-    assert [d["state"] for d in deliveries] == ["sent"] * STUDIES
+    assert [d["state"] for d in deliveries] == ["sent"] * OBJECTS
     # A delivery whose answer was lost is sent again: the same object, which a PACS keeps once.
-    assert len({o.sop_instance_uid for o in pacs.objects}) == STUDIES
-    assert len({o.data_set for o in pacs.objects}) == STUDIES
+    assert len({o.sop_instance_uid for o in pacs.objects}) == OBJECTS
+    assert len({o.data_set for o in pacs.objects}) == OBJECTS

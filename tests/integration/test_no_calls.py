@@ -46,7 +46,7 @@ def test_a_node_talks_to_its_destinations_and_to_nobody_else(models_dir: Path, t
         ) as node,
     ):
         node.send(write_study(tmp_path / "study", 1))
-        until(lambda: len(pacs.objects) == 1, 120, node.log)
+        until(lambda: len(pacs.objects) == 2, 120, node.log)
     # getaddrinfo connects datagram sockets to port 0 to learn their source address: no packet leaves.
     called = {(address, int(port)) for port, address in _CALLS.findall(trace.read_text()) if port != "0"}
     assert ("127.0.0.1", pacs.port) in called  # the trace sees what there is to see

@@ -50,13 +50,13 @@ def segment_by_command(node: RunningNode, source: Path, out: Path, model: str = 
 def test_a_study_comes_back_as_one_seg_in_the_right_places(
     node: RunningNode, pacs: StorageScp, tmp_path: Path
 ) -> None:
-    before = len(pacs.objects)
+    before = len(pacs.segmentations)
     paths = write_study(tmp_path, 1, PatientName=NAME)
     assert node.send(paths) == paths
-    until(lambda: len(pacs.objects) > before, 60, node.log)
+    until(lambda: len(pacs.segmentations) > before, 60, node.log)
     (job,) = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 1)]
     seg = node.fetch(job, "segmentation")
-    assert pacs.objects[-1].data_set in seg  # what was delivered is what is stored
+    assert pacs.segmentations[-1].data_set in seg  # what was delivered is what is stored
     expected = expected_labels(image(1)[None].astype(np.float32), (100.5, 300.5))
     assert_same_places(places_in_seg(seg), places_of_labels(expected, AFFINE))
     header = dcmread(io.BytesIO(seg), stop_before_pixels=True)
@@ -70,19 +70,19 @@ def test_a_study_comes_back_as_one_seg_in_the_right_places(
 def test_the_same_study_again_and_the_result_sent_back_change_nothing(
     node: RunningNode, pacs: StorageScp, tmp_path: Path
 ) -> None:
-    before = len(pacs.objects)
+    before = len(pacs.segmentations)
     paths = write_study(tmp_path / "study", 2)
     node.send(paths)
-    until(lambda: len(pacs.objects) > before, 60, node.log)
+    until(lambda: len(pacs.segmentations) > before, 60, node.log)
     (job,) = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 2)]
     (tmp_path / "seg.dcm").write_bytes(node.fetch(job, "segmentation"))
     assert node.send([*paths, tmp_path / "seg.dcm"])[-1].name == "seg.dcm"  # taken, and nothing follows
     marker = write_study(tmp_path / "later", 3)  # when this one has come out, the others would have too
     node.send(marker)
-    until(lambda: len(pacs.objects) > before + 1, 60, node.log)
+    until(lambda: len(pacs.segmentations) > before + 1, 60, node.log)
     jobs = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 2)]
     assert [j["job_id"] for j in jobs] == [job["job_id"]]
-    assert len(pacs.objects) == before + 2
+    assert len(pacs.segmentations) == before + 2
 
 
 def test_command_rest_and_dicom_give_the_same_labels_in_the_same_places(
@@ -90,9 +90,9 @@ def test_command_rest_and_dicom_give_the_same_labels_in_the_same_places(
 ) -> None:
     paths = write_study(tmp_path / "dicom", 4)
     nifti = to_nifti(paths, tmp_path / "case.nii.gz")
-    before = len(pacs.objects)
+    before = len(pacs.segmentations)
     node.send(paths)
-    until(lambda: len(pacs.objects) > before, 60, node.log)
+    until(lambda: len(pacs.segmentations) > before, 60, node.log)
     (job,) = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 4)]
     wanted = places_in_seg(node.fetch(job, "segmentation"))
     assert set(wanted) == {1, 2}

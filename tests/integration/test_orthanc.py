@@ -50,7 +50,7 @@ def result(
     orthanc, node = pacs_and_node
     folder = shared_data / "hippocampus_dicom" / "Study1_13_HCropVolume"
     orthanc.upload(sorted(folder.glob("*.dcm")))
-    until(lambda: bool(orthanc.instances_of_modality("SEG")), 120, node.log)
+    until(lambda: all(map(orthanc.instances_of_modality, ("SEG", "SR"))), 120, node.log)
     (seg,) = orthanc.instances_of_modality("SEG")
     path = tmp_path_factory.mktemp("result") / "seg.dcm"
     path.write_bytes(orthanc.file(seg))
@@ -66,7 +66,7 @@ def test_the_result_is_in_the_study_that_it_was_made_from(
         orthanc.get(f"/series/{series}")["MainDicomTags"]["Modality"]
         for series in orthanc.get(f"/studies/{study}")["Series"]
     )
-    assert modalities == ["MR", "SEG"]
+    assert modalities == ["MR", "SEG", "SR"]
 
 
 def test_what_was_routed_back_to_the_node_gave_no_second_result(
@@ -76,7 +76,7 @@ def test_what_was_routed_back_to_the_node_gave_no_second_result(
     own = dcmread(result, stop_before_pixels=True)
     study = f"/studies/{own.StudyInstanceUID}"
     n_images = own.ReferencedSeriesSequence[0].ReferencedInstanceSequence
-    until(lambda: node.get(study)["instance_count"] == len(n_images) + 1, 60, node.log)  # the SEG is back
+    until(lambda: node.get(study)["instance_count"] == len(n_images) + 2, 60, node.log)  # SEG and SR are back
     # Once more, by hand: the whole study, result included.
     (whole,) = orthanc.get("/studies")
     sent = orthanc.client.post("/modalities/segnode/store", json={"Resources": [whole]}, timeout=120)

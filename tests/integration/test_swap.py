@@ -104,6 +104,6 @@ def test_swap_and_roll_back_while_jobs_run(
             seg = seg_of(node, job, tmp_path)
             assert digest_in(seg) == job["model"]["digest"]  # it says what it was made with
             assert set(places_in_seg(seg)) == labels[job["model"]["digest"]]  # and was made with it
-    until(lambda: len(pacs.objects) == 2 * JOBS, 60, node.log)
+    until(lambda: len(pacs.segmentations) == 2 * JOBS, 60, node.log)
     touched = node.get("/models/threshold/1.1.0/studies")["items"]
     assert {job["model_digest"] for job in touched} == {newer.digest}

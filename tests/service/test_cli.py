@@ -12,12 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from zipfile import ZipFile
 
+import highdicom
 import nibabel
 import numpy as np
 import pytest
 from bundle_factory import expected_labels, make_threshold_bundle
 from phantom import write_classic_series
 from places import AFFINE, assert_same_places, image, places_in_nifti, places_in_seg, places_of_labels
+from pydicom import dcmread
 from storage_scp import StorageScp
 
 from models.bundle import Bundle
@@ -113,6 +115,22 @@ def test_segment_writes_a_seg_from_a_zip(segnode: Segnode, bundle: Bundle, serie
     assert_same_places(places_in_seg(Path("out.dcm")), WANTED)
 
 
+def test_segment_writes_the_volumes_as_a_dicom_sr_beside_the_labels(
+    segnode: Segnode, bundle: Bundle, series: list[Path]
+) -> None:
+    given = ("segment", series[0].parent, "--bundle", bundle.folder)
+    result = segnode(*given, "-o", "out.dcm", "--measurements", "sr.dcm")
+    assert result.status == 0, result.err
+    report = highdicom.sr.MeasurementReport.from_sequence([highdicom.sr.srread("sr.dcm")])
+    groups = report.get_volumetric_roi_measurement_groups()
+    assert [group.tracking_identifier for group in groups] == ["low", "high"]
+    voxel_ml = 1.5 * 1.2 * 2.5 / 1000
+    volumes = [group.get_measurements()[0].value for group in groups]
+    assert volumes == pytest.approx([len(WANTED[value]) * voxel_ml for value in (1, 2)], rel=1e-6)
+    named = {group.referenced_segment.referenced_sop_instance_uid for group in groups}
+    assert named == {dcmread("out.dcm").SOPInstanceUID}
+
+
 def test_a_refusal_ends_with_3_and_its_code_first(segnode: Segnode, bundle: Bundle, tmp_path: Path) -> None:
     write_classic_series(tmp_path / "tilted", image(), TILTED)
     result = segnode("segment", "tilted", "--bundle", bundle.folder, "-o", "out.nii.gz")
@@ -139,11 +157,15 @@ def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode: Segnode, bundle: Bu
         (("case.nii.gz", "--bundle", "bundle", "-o", "out.png"), ".nii.gz or .dcm"),
         (("case.nii.gz", "--bundle", "bundle", "-o", "nowhere/out.nii.gz"), "no folder"),
         (("case.nii.gz", "--bundle", "bundle", "-o", "out.dcm"), "DICOM series"),
+        (("case.nii.gz", "--bundle", "bundle", "-o", "o.nii.gz", "--measurements", "sr.dcm"), "DICOM series"),
+        (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "sr.txt"), "end in .dcm"),
+        (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "out.dcm"), "is taken by"),
+        (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "no/sr.dcm"), "no folder"),
         (("absent.nii.gz", "--bundle", "bundle", "-o", "out.nii.gz"), "does not exist"),
     ],
 )
 def test_what_is_not_understood_ends_with_2(
-    segnode: Segnode, bundle: Bundle, arguments: tuple[str, ...], said: str
+    segnode: Segnode, bundle: Bundle, series: list[Path], arguments: tuple[str, ...], said: str
 ) -> None:
     nibabel.save(nibabel.Nifti1Image(image().astype(np.int16), np.eye(4)), "case.nii.gz")
     result = segnode("segment", *arguments)

@@ -21,7 +21,7 @@ from service.errors import ConflictError
 from service.headers import read_attributes
 from service.records.database import utc_now
 from service.records.jobs import NewResult, Outcome, claim_job, retry_job, succeed_job
-from service.records.supersession import cancel_superseded_deliveries, superseded_segmentations
+from service.records.supersession import cancel_superseded_deliveries, superseded_objects
 from service.records.tables import (
     Delivery,
     DeliveryState,
@@ -198,7 +198,7 @@ def test_a_late_slice_after_a_result_supersedes_it_and_recalls_what_has_not_left
     _, new = node.jobs()
     assert new.supersedes_job_id == old.job_id
     with node.records.read() as session:
-        assert superseded_segmentations(session, new.job_id) == ["2.25.1"]
+        assert superseded_objects(session, new.job_id) == ["2.25.1"]
         of_old = select(Delivery).where(Delivery.job_id == old.job_id).order_by(Delivery.destination)
         states = [delivery.state for delivery in session.scalars(of_old)]
     assert states == [DeliveryState.SENT, DeliveryState.PENDING]  # still the only result there is

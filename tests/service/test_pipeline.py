@@ -24,7 +24,7 @@ from models.errors import ReasonCode, Refusal
 from models.nifti import read_labelmap
 from models.segmenter import Progress, Segmenter
 from models.volume import Labelmap
-from service import archive, pipeline
+from service import archive, rendering
 from service.errors import ProofError
 from service.pipeline import PipelineJob, PipelineOutcome, overall_fraction, run
 
@@ -117,7 +117,8 @@ def test_a_series_becomes_a_segmentation_a_labelmap_and_measurements(
     out = tmp_path / "out"
     expected = expected_labels(image_array()[None].astype(np.float32), THRESHOLDS)
 
-    assert [file.kind for file in outcome.files] == ["segmentation", "labelmap", "measurements"]
+    kinds = [file.kind for file in outcome.files]
+    assert kinds == ["segmentation", "report", "labelmap", "measurements", "preview"]
     for file in outcome.files:
         data = (out / file.name).read_bytes()
         assert (file.size_bytes, file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
@@ -190,7 +191,7 @@ def test_a_newer_result_names_the_one_that_it_supersedes(
 def test_nothing_found_is_a_success_without_a_segmentation(model: Model, tmp_path: Path) -> None:
     array = np.minimum(image_array(), 90)
     outcome = model.run(job(tmp_path, write_classic_series(tmp_path / "s", array, AFFINE)))
-    assert [file.kind for file in outcome.files] == ["labelmap", "measurements"]
+    assert [file.kind for file in outcome.files] == ["report", "labelmap", "measurements", "preview"]
     assert outcome.summary["volumes_ml"] == {"low": 0.0, "high": 0.0}
     assert "Nothing was found" in outcome.summary["sentence"]
     assert not read_labelmap(tmp_path / "out/labelmap.nii.gz").array.any()
@@ -200,7 +201,7 @@ def test_nifti_in_gives_nifti_out(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "image.nii.gz"
     write_nifti_ras(path, image_array().astype(np.float32), SPACING_ZYX_MM)
     outcome = model.run(job(tmp_path, path))
-    assert [file.kind for file in outcome.files] == ["labelmap", "measurements"]
+    assert [file.kind for file in outcome.files] == ["labelmap", "measurements", "preview"]
     labelmap = read_labelmap(tmp_path / "out/labelmap.nii.gz")
     np.testing.assert_array_equal(
         labelmap.array, expected_labels(image_array()[None].astype(np.float32), THRESHOLDS)
@@ -376,13 +377,13 @@ class TestSeveralChannels:
 def test_nothing_is_handed_on_that_was_not_proven(
     model: Model, series: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = pipeline.build_segmentation
+    build = rendering.build_segmentation
 
     def build_shifted(source, labelmap, *rest, **keywords):
         moved = Labelmap(np.roll(labelmap.array, 1, axis=2), labelmap.affine, labelmap.frame_of_reference_uid)
         return build(source, moved, *rest, **keywords)
 
-    monkeypatch.setattr(pipeline, "build_segmentation", build_shifted)
+    monkeypatch.setattr(rendering, "build_segmentation", build_shifted)
     with pytest.raises(ProofError):
         model.run(job(tmp_path, series))
     assert not (tmp_path / "out").exists()
@@ -396,7 +397,13 @@ def test_what_a_killed_run_has_left_is_in_nobodys_way(
     left.mkdir()
     (left / "segmentation.dcm").write_bytes(b"half")
     model.run(job(tmp_path, series))
-    assert sorted(files_of(tmp_path / "out")) == ["labelmap.nii.gz", "measurements.json", "segmentation.dcm"]
+    assert sorted(files_of(tmp_path / "out")) == [
+        "labelmap.nii.gz",
+        "measurements.json",
+        "preview.png",
+        "report.dcm",
+        "segmentation.dcm",
+    ]
     assert not left.exists()
 
 

@@ -55,7 +55,7 @@ def test_what_is_right_passes(tmp_path: Path, source: SourceSeries, labelmap: La
 
 def change_voxels(change: Callable[[np.ndarray], np.ndarray]) -> Callable[..., Any]:
     plain = writer.pack_frames
-    return lambda segments, count: plain(np.ascontiguousarray(change(segments)), count)
+    return lambda segments, count, **how: plain(np.ascontiguousarray(change(segments)), count, **how)
 
 
 def _swap_segments(segments: np.ndarray) -> np.ndarray:
@@ -123,7 +123,7 @@ def test_frames_that_each_start_on_a_byte_are_caught(
     """11 x 13 pixels are no whole number of bytes, and frames follow each other without a gap."""
     plain = writer.pack_frames
 
-    def aligned(segments: np.ndarray, count: int) -> tuple[Frames, bytes]:
+    def aligned(segments: np.ndarray, count: int, *, keep_empty: bool) -> tuple[Frames, bytes]:
         frames, _ = plain(segments, count)
         return frames, b"".join(np.packbits(segments[z] == n, bitorder="little").tobytes() for n, z in frames)
 
@@ -244,8 +244,8 @@ FILE_FAULTS: dict[str, tuple[Callable[[Dataset], Any], str]] = {
     "a frame less": (_drop_frame, "frames and describes"),
     "pixel data short": (lambda d: setattr(d, "PixelData", d.PixelData[:-40]), "is short"),
     "rows and columns": (lambda d: (setattr(d, "Rows", 13), setattr(d, "Columns", 11)), "13 x 11 pixels"),
-    "fractional": (lambda d: setattr(d, "SegmentationType", "FRACTIONAL"), "not BINARY"),
-    "no segmentation": (lambda d: setattr(d, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.7"), "no Segmentation"),
+    "fractional": (lambda d: setattr(d, "SegmentationType", "FRACTIONAL"), "not a BINARY"),
+    "no segmentation": (lambda d: setattr(d, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.7"), "not a BINARY"),
     "in the source series": (
         lambda d: setattr(d, "SeriesInstanceUID", "2.25.102"),
         "series of its own source",

@@ -12,7 +12,7 @@ from typing import Any, Self
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.presentation import AllStoragePresentationContexts
-from pynetdicom.sop_class import Verification
+from pynetdicom.sop_class import SegmentationStorage, Verification
 
 from service.dicom.incoming import close_connection
 
@@ -97,6 +97,11 @@ class StorageScp:
     @property
     def port(self) -> int:
         return int(self._server.server_address[1])
+
+    @property
+    def segmentations(self) -> list[StoredObject]:
+        """The objects of Segmentation Storage alone."""
+        return [each for each in self.objects if each.sop_class_uid == SegmentationStorage]
 
     def _on_accepted(self, _event: Any) -> None:
         with self._lock:
