@@ -25,7 +25,9 @@ from service.records.tables import Delivery, Job, JobState, Result, Series
 _WORKER = """
 import json, signal, sys, threading
 from pathlib import Path
+import service.watch
 from small_node import make_node
+service.watch._RENEW_AT_LEAST_EVERY_S = 0.05  # a job of a second or two shall be seen at work
 from service.logs import configure_logging
 configure_logging(component="worker")
 stop = threading.Event()
@@ -102,7 +104,8 @@ def check_only_result(node: SmallNode, job: Job, array: np.ndarray) -> None:
     with node.records.read() as session:
         results = list(session.scalars(select(Result).where(Result.job_id == job.job_id)))
         assert session.scalars(select(Delivery)).all() == []
-    assert sorted(result.kind for result in results) == ["labelmap", "measurements", "segmentation"]
+    kinds = ["labelmap", "measurements", "preview", "report", "segmentation"]
+    assert sorted(result.kind for result in results) == kinds
     paths = {result.kind.value: node.spool.absolute(result.path) for result in results}
     assert {path.parent.name for path in paths.values()} == {str(job.attempt)}
     files = {path for path in (node.spool.results_dir / job.job_id).rglob("*") if path.is_file()}
@@ -116,7 +119,7 @@ def check_only_result(node: SmallNode, job: Job, array: np.ndarray) -> None:
     assert measured["model"]["digest"] == job.model_digest
 
 
-SLOW = {"slow_convolutions": 20, "patch_size": (32, 32, 32)}
+SLOW = {"slow_convolutions": 60, "patch_size": (32, 32, 32)}
 LARGE = (40, 48, 56)
 
 
