@@ -28,19 +28,11 @@ from service.logs import get_logger
 from service.protocol import Failed, OpenModel, Refused, RunJob, Succeeded
 from service.records.database import Records, utc_now
 from service.records.events import record_event
-from service.records.jobs import (
-    NewResult,
-    Outcome,
-    bind_model,
-    fail_attempt,
-    refuse_job,
-    release_job,
-    renew_lease,
-    succeed_job,
-)
+from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
 from service.records.refusals import cancel_refusal_deliveries
 from service.records.supersession import cancel_superseded_deliveries, superseded_objects
 from service.records.tables import Job, JobState, ResultKind
+from service.records.work import NewResult, Outcome
 from service.settings import Settings
 from service.spool import Spool
 from service.watch import StoppingError, watch

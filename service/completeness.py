@@ -24,9 +24,10 @@ from service.logs import get_logger
 from service.records.database import Records
 from service.records.events import record_event
 from service.records.instances import complete_series, current_instances, quiet_series, study_is_quiet
-from service.records.jobs import NewInput, NewJob, input_key, queue_length
+from service.records.jobs import queue_length
 from service.records.supersession import enqueue_newest, refuse_at_once
 from service.records.tables import Instance, JobOrigin, Series
+from service.records.work import NewInput, NewJob, input_key
 from service.routing import SeriesFacts, check_study_age, choose, takes, wanted_keywords
 from service.settings import Route, Settings
 from service.spool import Spool

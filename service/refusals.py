@@ -21,9 +21,9 @@ from service.errors import ProofError, StorageFullError
 from service.logs import get_logger
 from service.records.database import Records
 from service.records.events import record_event
-from service.records.jobs import NewResult
 from service.records.refusals import WantedRefusal, refusal_made, refusal_withheld, wanted_refusals
 from service.records.tables import ResultKind
+from service.records.work import NewResult
 from service.spool import Spool
 
 _ACTOR = "refusals"

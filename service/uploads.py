@@ -25,8 +25,9 @@ from models.errors import ModelWithdrawnError, SegnodeError
 from models.registry import Registry
 from service.records.database import Records
 from service.records.events import record_event
-from service.records.jobs import NewInput, NewJob, enqueue, input_key, retry_job
+from service.records.jobs import enqueue, retry_job
 from service.records.tables import JobInput, JobOrigin, JobState, new_identifier
+from service.records.work import NewInput, NewJob, input_key
 from service.spool import Spool, fsync_directory, fsync_file
 from service.upload_inputs import take_inputs
 

@@ -17,7 +17,6 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from service.records.database import change
-from service.records.jobs import NewResult
 from service.records.outbox import queue_deliveries
 from service.records.tables import (
     Delivery,
@@ -30,6 +29,7 @@ from service.records.tables import (
     Result,
     ResultKind,
 )
+from service.records.work import NewResult
 
 _WANTED = (Job.state == JobState.REFUSED, Job.refusal_object == RefusalObject.WANTED)
 

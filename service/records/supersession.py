@@ -21,10 +21,11 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from service.records.database import change
-from service.records.jobs import NewJob, enqueue
+from service.records.jobs import enqueue
 from service.records.outbox import is_result, queue_deliveries
 from service.records.refusals import add_refusal_destinations
 from service.records.tables import Delivery, DeliveryState, Job, JobState, Result
+from service.records.work import NewJob
 
 _NOT_ENDED = (JobState.QUEUED, JobState.RUNNING)
 

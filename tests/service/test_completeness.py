@@ -20,7 +20,7 @@ from service.completeness import Completeness
 from service.errors import ConflictError
 from service.headers import read_attributes
 from service.records.database import utc_now
-from service.records.jobs import NewResult, Outcome, claim_job, retry_job, succeed_job
+from service.records.jobs import claim_job, retry_job, succeed_job
 from service.records.supersession import cancel_superseded_deliveries, superseded_objects
 from service.records.tables import (
     Delivery,
@@ -32,6 +32,7 @@ from service.records.tables import (
     Series,
     SeriesState,
 )
+from service.records.work import NewResult, Outcome
 
 MR = {"name": "mr", "model": "threshold", "match": {"Modality": "MR"}, "quiet_time_s": 10.0}
 

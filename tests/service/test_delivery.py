@@ -18,8 +18,9 @@ from service.delivery import Deliverer
 from service.dicom.send import OutcomeKind, SendOutcome, judge_status
 from service.records.database import Records
 from service.records.deliveries import retry_delivery
-from service.records.jobs import NewInput, NewJob, enqueue
+from service.records.jobs import enqueue
 from service.records.tables import Delivery, DeliveryState, Event, JobOrigin, Result, ResultKind
+from service.records.work import NewInput, NewJob
 from service.settings import Settings
 from service.spool import Spool
 

@@ -16,8 +16,9 @@ from models.segmenter import Segmenter
 from models.volume import Labelmap
 from service.overlay import draw_overlay
 from service.pipeline import PipelineJob, run
-from service.records.jobs import NewResult, Outcome, succeed_job
+from service.records.jobs import succeed_job
 from service.records.tables import ResultKind, Role
+from service.records.work import NewResult, Outcome
 
 SPACING_ZYX_MM = (2.0, 1.25, 1.5)
 URL = "/api/v1/segmentations"

@@ -22,7 +22,7 @@ from service.dicom.series import SourceSeries
 from service.profiles import Profile
 from service.records.database import Records, utc_now
 from service.records.deliveries import retry_delivery
-from service.records.jobs import NewInput, NewJob, NewResult, Outcome, claim_job, enqueue, succeed_job
+from service.records.jobs import claim_job, enqueue, succeed_job
 from service.records.supersession import add_destinations
 from service.records.tables import (
     Delivery,
@@ -36,6 +36,7 @@ from service.records.tables import (
     Result,
     ResultKind,
 )
+from service.records.work import NewInput, NewJob, NewResult, Outcome
 from service.settings import Settings
 
 SEG, LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"

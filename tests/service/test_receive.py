@@ -29,7 +29,7 @@ from sqlalchemy import select
 from service.dicom.contexts import TRANSFER_SYNTAXES
 from service.dicom.receive import Receiver
 from service.records.database import Records, utc_now
-from service.records.jobs import NewInput, NewJob, enqueue
+from service.records.jobs import enqueue
 from service.records.tables import (
     Delivery,
     DeliveryState,
@@ -44,6 +44,7 @@ from service.records.tables import (
     Series,
     SeriesState,
 )
+from service.records.work import NewInput, NewJob
 from service.spool import Spool
 
 Start = Callable[..., Receiver]

@@ -24,15 +24,10 @@ from service.records.instances import (
     study_is_quiet,
 )
 from service.records.jobs import (
-    NewInput,
-    NewJob,
-    NewResult,
-    Outcome,
     bind_model,
     claim_job,
     enqueue,
     fail_attempt,
-    input_key,
     queue_length,
     reap_lapsed_jobs,
     refuse_job,
@@ -55,6 +50,7 @@ from service.records.tables import (
     SeriesState,
     new_identifier,
 )
+from service.records.work import NewInput, NewJob, NewResult, Outcome, input_key
 
 NOON = datetime(2026, 1, 1, 12)  # noqa: DTZ001 - the times of the records are naive, in UTC
 LEASE_S = 60.0

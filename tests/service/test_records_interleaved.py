@@ -27,10 +27,6 @@ from sqlalchemy import select
 from service.errors import AttemptError, ConflictError, LostClaimError
 from service.records.database import Records
 from service.records.jobs import (
-    NewInput,
-    NewJob,
-    NewResult,
-    Outcome,
     claim_job,
     fail_attempt,
     reap_lapsed_jobs,
@@ -54,6 +50,7 @@ from service.records.tables import (
     Series,
     SeriesState,
 )
+from service.records.work import NewInput, NewJob, NewResult, Outcome
 
 NOON = datetime(2026, 1, 1, 12)  # noqa: DTZ001  # times in the records are naive
 LEASE_S = 60.0

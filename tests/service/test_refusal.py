@@ -27,8 +27,6 @@ from service.dicom.report_proof import prove_refusal
 from service.errors import ProofError
 from service.records.database import utc_now
 from service.records.jobs import (
-    NewResult,
-    Outcome,
     bind_model,
     cancel_jobs_of_instance,
     claim_job,
@@ -47,6 +45,7 @@ from service.records.tables import (
     Result,
     ResultKind,
 )
+from service.records.work import NewResult, Outcome
 from service.refusals import RefusalObjects
 
 REPORT = "1.2.840.10008.5.1.4.1.1.88.22"

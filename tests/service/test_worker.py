@@ -24,8 +24,9 @@ from service import worker as worker_module
 from service.errors import StorageFullError
 from service.lease import LeaseOwner, is_proven_dead
 from service.records.database import utc_now
-from service.records.jobs import NewInput, NewJob, claim_job, enqueue, reap_lapsed_jobs
+from service.records.jobs import claim_job, enqueue, reap_lapsed_jobs
 from service.records.tables import Delivery, Event, Job, JobOrigin, JobState, Result
+from service.records.work import NewInput, NewJob
 from service.settings import WorkerSettings
 from service.worker import Worker
 

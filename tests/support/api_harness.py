@@ -19,17 +19,9 @@ from service.api import create_app
 from service.keys import create_key
 from service.records.database import Records
 from service.records.instances import ReceivedInstance, record_instance
-from service.records.jobs import (
-    NewInput,
-    NewJob,
-    NewResult,
-    Outcome,
-    bind_model,
-    claim_job,
-    enqueue,
-    succeed_job,
-)
+from service.records.jobs import bind_model, claim_job, enqueue, succeed_job
 from service.records.tables import InstanceKind, Job, JobOrigin, ResultKind, Role, new_identifier
+from service.records.work import NewInput, NewJob, NewResult, Outcome
 from service.settings import Settings
 from service.spool import Spool
 
