@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from programs import program
 
 
 @pytest.fixture(scope="session")
@@ -22,15 +22,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def require_tool() -> Callable[[str], Path]:
-    """Find a program of the machine. Where it is absent the test skips, or fails if CI=1 is set."""
+    """Find a program of the machine. Where it is absent the test skips, or fails if CI is set."""
 
     def find(name: str) -> Path:
-        found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin")
-        if found is None:
-            message = f"{name} is not installed on this machine"
-            if os.environ.get("CI") == "1":
-                pytest.fail(message)
-            pytest.skip(message)
-        return Path(found)
+        return Path(program(name, "see .ci/run"))
 
     return find

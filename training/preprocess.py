@@ -15,6 +15,7 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from models.manifest import Manifest
 from training.errors import TrainingDataError
 
 Split = dict[str, list[str]]
@@ -53,6 +54,12 @@ class TrainingCases:
             f"{folder.name!r} holds neither imagesTr and labelsTr nor images and labels.",
             remedy="Give the dataset's folder in nnUNet_raw.",
         )
+
+    @staticmethod
+    def of_bundle(folder: Path, manifest: Manifest) -> TrainingCases:
+        """NIfTI cases with the channels of a bundle. Raises TrainingDataError."""
+        channels = {channel.name: channel.name for channel in manifest.channels}
+        return TrainingCases.open(folder, {"channel_names": channels, "file_ending": ".nii.gz"})
 
     def names(self) -> list[str]:
         """The cases that have a label file, sorted."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from phantom import (
     write_classic_series,
     write_enhanced_series,
 )
+from programs import program
 from pydicom import Dataset, dcmread
 from storage_scp import StorageScp
 
@@ -101,14 +99,12 @@ def test_highdicom_reads_the_same_places(tmp_path: Path, affine: Affine) -> None
 
 @pytest.mark.parametrize("affine", [AFFINES[0], AFFINES[4], oblique_affine()], ids=axis_codes)
 def test_dcmqi_reads_the_same_voxels(tmp_path: Path, affine: Affine) -> None:
-    program = shutil.which("segimage2itkimage", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("dcmqi is not installed")
+    segimage2itkimage = program("segimage2itkimage", "dcmqi of PyPI")
     path, _, _ = written(tmp_path, affine)
     out = tmp_path / "out"
     out.mkdir()
     subprocess.run(
-        [program, "--inputDICOM", path, "--outputDirectory", out, "-t", "nrrd", "--mergeSegments"],
+        [segimage2itkimage, "--inputDICOM", path, "--outputDirectory", out, "-t", "nrrd", "--mergeSegments"],
         check=True,
         capture_output=True,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -26,6 +25,7 @@ from phantom import (
     write_classic_series,
     write_enhanced_series,
 )
+from programs import program
 from pydicom import Dataset, dcmread
 from pydicom.sr.coding import Code
 from pydicom.uid import JPEGLSNearLossless
@@ -392,8 +392,7 @@ def test_more_than_255_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["classic", "enhanced", "lossy", "ct"])
 def test_dciodvfy_finds_no_error(tmp_path: Path, kind: str) -> None:
-    if shutil.which("dciodvfy") is None:
-        pytest.skip("dciodvfy is not installed")
+    dciodvfy = program("dciodvfy", "dicom3tools")
     if kind == "enhanced":
         source = read_series(write_enhanced_series(tmp_path, chiral_image(), oblique_affine()))
         path = write(
@@ -403,7 +402,7 @@ def test_dciodvfy_finds_no_error(tmp_path: Path, kind: str) -> None:
     else:
         options = {"lossy": {"transfer_syntax": JPEGLSNearLossless}, "ct": {"modality": "CT"}}
         path, _, _ = written(tmp_path, **options.get(kind, {}))
-    said = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False).stderr
+    said = subprocess.run([dciodvfy, path], capture_output=True, text=True, check=False).stderr
     assert "Segmentation" in said.splitlines()
     assert [line for line in said.splitlines() if line.startswith("Error")] == []
 
@@ -412,14 +411,12 @@ def test_dciodvfy_finds_no_error(tmp_path: Path, kind: str) -> None:
     "affine", [all_orientations()[i] for i in (0, 11, 26, 45)] + [oblique_affine()], ids=axis_codes
 )
 def test_dcmqi_reads_the_same_voxels(tmp_path: Path, affine: Affine) -> None:
-    program = shutil.which("segimage2itkimage", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("dcmqi is not installed")
+    segimage2itkimage = program("segimage2itkimage", "dcmqi of PyPI")
     path, _, _ = written(tmp_path, affine=affine)
     out = tmp_path / "out"
     out.mkdir()
     subprocess.run(
-        [program, "--inputDICOM", path, "--outputDirectory", out, "-t", "nrrd", "--mergeSegments"],
+        [segimage2itkimage, "--inputDICOM", path, "--outputDirectory", out, "-t", "nrrd", "--mergeSegments"],
         check=True,
         capture_output=True,
     )

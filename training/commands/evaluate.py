@@ -41,9 +41,7 @@ def evaluate(
     from training.preprocess import TrainingCases, read_split
 
     opened = Bundle.open(bundle)
-    cases = TrainingCases.open(
-        data, {"channel_names": {c.name: c.name for c in opened.manifest.channels}, "file_ending": ".nii.gz"}
-    )
+    cases = TrainingCases.of_bundle(data, opened.manifest)
     names = read_split(split, cases_list, cases_list)["val"] if split else cases.names()
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("evaluating", total=len(names))

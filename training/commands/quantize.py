@@ -34,9 +34,7 @@ def quantize(
     from training.quantize import Gate, quantize_bundle
 
     opened = Bundle.open(bundle)
-    cases = TrainingCases.open(
-        data, {"channel_names": {c.name: c.name for c in opened.manifest.channels}, "file_ending": ".nii.gz"}
-    )
+    cases = TrainingCases.of_bundle(data, opened.manifest)
     lists = read_split(split, calibration_list, gate_list)
     errors = Console(stderr=True)
     result = quantize_bundle(
