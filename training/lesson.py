@@ -89,16 +89,30 @@ class Lesson(nn.Module):
         before its start.
         """
         features, logits = encode_decode(self.student, images)
+        # Autocast is for the networks' convolutions alone. On a CPU it would also run the softmax, the sums of
+        # the Dice and the wavelets in bfloat16, whose eight bits of precision are not enough for a sum.
+        with torch.autocast(images.device.type, enabled=False):
+            return self._losses(_in_float32(features), _in_float32(logits), targets, labels, teacher, weights)
+
+    def _losses(
+        self,
+        features: tuple[Tensor, ...],
+        logits: tuple[Tensor, ...],
+        targets: list[Tensor],
+        labels: Tensor,
+        teacher: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None,
+        weights: Sequence[float],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         total = self.segmentation_loss(list(logits), targets)
         parts = {"segmentation": total.detach()}
         if teacher is None:
             return total, parts
         inputs = Inputs(
             student_logits=logits,
-            teacher_logits=teacher[0],
+            teacher_logits=_in_float32(teacher[0]),
             labels=labels,
             student_features=features,
-            teacher_features=teacher[1],
+            teacher_features=_in_float32(teacher[1]),
             activation=self.activation,
         )
         for i, (method, weight) in enumerate(zip(self.method_list(), weights, strict=True)):
@@ -108,6 +122,10 @@ class Lesson(nn.Module):
             total = total + weight * term
             parts[f"{i}:{type(method).__name__.lower()}"] = term.detach()
         return total, parts
+
+
+def _in_float32(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x.float() for x in maps)
 
 
 def labels_of(target: Tensor, *, regions: bool, ignore_label: int | None) -> Tensor:

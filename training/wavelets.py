@@ -71,8 +71,12 @@ def exact_levels(shape_zyx: tuple[int, ...], levels: int, taps: int = 8) -> int:
 
 
 def _along(matrix: Tensor, array: Tensor, axis: int) -> Tensor:
-    """Multiply one axis of an array by a matrix."""
-    return torch.movedim(torch.movedim(array, axis, -1) @ matrix.T, -1, axis)
+    """Multiply one of the three last axes of an array by a matrix, without a copy of a contiguous array."""
+    if axis == -1:
+        return array @ matrix.T
+    behind = array.shape[axis:].numel() // array.shape[axis]
+    rows = array.reshape(*array.shape[:axis], array.shape[axis], behind)
+    return (matrix @ rows).reshape(array.shape)
 
 
 def _pad_to_even(array: Tensor) -> Tensor:
