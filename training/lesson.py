@@ -89,8 +89,8 @@ class Lesson(nn.Module):
         before its start.
         """
         features, logits = encode_decode(self.student, images)
-        # Autocast is for the networks' convolutions alone. On a CPU it would also run the softmax, the sums of
-        # the Dice and the wavelets in bfloat16, whose eight bits of precision are not enough for a sum.
+        # Autocast is for the networks' convolutions alone. On a CPU it would also run the softmax, the sums
+        # of the Dice and the wavelets in bfloat16, whose eight bits of precision are not enough for a sum.
         with torch.autocast(images.device.type, enabled=False):
             return self._losses(_in_float32(features), _in_float32(logits), targets, labels, teacher, weights)
 

@@ -4,7 +4,7 @@ A report is described by a YAML file beside its inputs:
 
     title: Hippocampus students
     cases: 21 cases of fold 0 that were used for nothing else
-    baseline: none 1/4
+    baseline: none 1/4        # of every run that names none of its own
     teacher: teacher
     runs:
       - name: teacher
@@ -50,6 +50,7 @@ class RunDescription(BaseModel):
     evaluations: tuple[Path, ...]
     results: Path | None = None
     labelmaps: Path | None = None
+    baseline: str | None = None
     note: str = ""
 
 
@@ -132,6 +133,7 @@ def write_report(description_path: Path, output: Path) -> tuple[Path, Path]:
         "runs": runs,
         "labels": runs[0].main.label_names,
         "tests": _tests(runs, description.baseline),
+        "baselines": {run.name: run.description.baseline or description.baseline for run in runs},
         "retention": _retention(runs, description.teacher),
         "pictures": [path.name for path in pictures],
         "metrics": _METRICS,
@@ -190,15 +192,23 @@ def _check_same_cases(runs: list[Run]) -> None:
 
 
 def _tests(runs: list[Run], baseline: str | None) -> dict[str, PairedTest]:
-    """Each run's mean Dice per case against the baseline's, by name."""
-    reference = next((run.main for run in runs if run.name == baseline), None)
-    if reference is None:
-        return {}
-    return {
-        run.name: paired_test(run.main.values("dice"), reference.values("dice"))
-        for run in runs
-        if run.name != baseline
-    }
+    """Each run's mean Dice per case against its own baseline's, or else the report's, by name.
+
+    Raises
+    ------
+    RecipeError
+        If a baseline is no run of the report.
+    """
+    by_name = {run.name: run for run in runs}
+    tests = {}
+    for run in runs:
+        name = run.description.baseline or baseline
+        if name is None or name == run.name:
+            continue
+        if name not in by_name:
+            raise RecipeError(f"The baseline {name!r} of {run.name!r} is no run of the report.")
+        tests[run.name] = paired_test(run.main.values("dice"), by_name[name].main.values("dice"))
+    return tests
 
 
 def _retention(runs: list[Run], teacher: str | None) -> dict[str, float]:

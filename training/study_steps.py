@@ -1,0 +1,279 @@
+"""The steps of a study: each a command of ``segnode-train`` in a process of its own, skipped if done.
+
+A process of its own per step gives every evaluation its own peak memory, makes a step repeatable by hand, and
+loses nothing but the current step when the machine goes down. ``commands.log`` in the work folder lists what
+was run.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from models.bundle import Bundle, seal
+from models.golden import check_golden_case
+from training.card import model_card
+from training.description import read_description
+from training.errors import TrainingDataError
+from training.evaluate import Evaluation
+from training.export import metrics_of
+from training.preprocess import TrainingCases
+from training.study import Run, Ship, Study, best_run
+from training.teacher import ResultsFolder
+
+CLAIM, CHOOSE = "claim", "choose"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Where everything of a study is, and what it is made from.
+
+    Parameters
+    ----------
+    study : Study
+    teacher : Path
+        The teacher's results folder.
+    data : Path
+        Labelled cases, as ``segnode-train distill`` takes them.
+    golden_image : Path
+        A small image that may be given on; it becomes the bundles' golden case.
+    work : Path
+        Everything unfinished, and the trainings; a study in it is continued.
+    device : str
+        "auto", "cpu" or "cuda"; of the trainings.
+    tell : callable
+        Told each step before it starts.
+    """
+
+    study: Study
+    teacher: Path
+    data: Path
+    golden_image: Path
+    work: Path
+    device: str = "auto"
+    tell: Callable[[str], None] = print
+
+    def complete(self, results: Path) -> Path:
+        """Run what is left of the study, and write evaluations, logs and the report into ``results``.
+
+        Returns
+        -------
+        The Markdown report.
+
+        Raises
+        ------
+        TrainingDataError
+            If a step fails; the message names its command.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        trained = {run.key: self.train(run) for run in self.study.runs}
+        self.export("teacher", self.teacher, "nnU-Net's own training", None)
+        self.evaluate("teacher", CLAIM)
+        for run in self.study.runs:
+            self.export(run.key, trained[run.key], f"distilled: {run.recipe.method}", run.recipe_path.name)
+            for cases in (CHOOSE, CLAIM):
+                self.evaluate(run.key, cases)
+        shipped = [(ship, self.ship(ship)) for ship in self.study.description.ships]
+        return self.report(results, trained, shipped)
+
+    # The steps ---------------------------------------------------------------------------------------------
+
+    def train(self, run: Run) -> Path:
+        """Train a run, or go on with it, and return its results folder."""
+        folder = self.work / "runs" / run.key
+        finished = sorted(folder.glob("results/*/*/fold_0/checkpoint_final.pth"))
+        if not finished:
+            self._segnode_train(
+                "distill", self.teacher, self.data, "--recipe", self._recipe_file(run), "--seed", run.seed,
+                "--split", self.study.split, "--device", self.device, "-o", folder,
+            )  # fmt: skip
+            finished = sorted(folder.glob("results/*/*/fold_0/checkpoint_final.pth"))
+        if len(finished) != 1:
+            raise TrainingDataError(f"The run {run.key!r} left {len(finished)} results folders, not one.")
+        return finished[0].parent.parent
+
+    def export(self, key: str, results: Path, method: str, recipe: str | None) -> Path:
+        """The float32 bundle of a results folder, without figures as yet."""
+        output = self.work / "bundles" / key
+        if not output.is_dir():
+            teacher = () if results == self.teacher else ("--teacher", self.teacher, "--recipe", recipe)
+            self._segnode_train(
+                "export", results, "--name", self.study.description.name, "--golden-image", self.golden_image,
+                "--labels-file", self.study.labels, "--training-images", self._images(), "--method", method,
+                *teacher, "-o", output,
+            )  # fmt: skip
+        return output
+
+    def evaluate(
+        self, key: str, cases: str, *, precision: str = "float32", runtime: str = "auto"
+    ) -> Evaluation:
+        """Figures of a bundle on a list of cases."""
+        variant = "" if (precision, runtime) == ("float32", "auto") else f"-{precision}-{runtime}"
+        output = self.work / "evaluations" / f"{key}{variant}.{cases}.json"
+        if not output.is_file():
+            self._segnode_train(
+                "evaluate", self.work / "bundles" / key, self.data, "--split", self.study.split,
+                "--list", cases, "--name", key, "--precision", precision, "--runtime", runtime,
+                "--labelmaps", self._labelmaps(key + variant), "-o", output,
+            )  # fmt: skip
+        return Evaluation.load(output)
+
+    def ship(self, ship: Ship) -> Run:
+        """Make the bundle of the best run of a width: float32, INT8 where it passes its gate, and figures."""
+        runs = [run for run in self.study.runs if run.width == ship.width]
+        best = best_run(runs, {run.key: self.evaluate(run.key, CHOOSE) for run in runs})
+        output = self.work / "ships" / ship.name / ship.version
+        if output.is_dir():
+            return best
+        quantized = self.work / "bundles" / f"{best.key}-int8"
+        refused = self.work / "bundles" / f"{best.key}-int8.refused"
+        if not quantized.is_dir() and not refused.is_file():
+            said = self._segnode_train(
+                "quantize", self.work / "bundles" / best.key, self.data, "--split", self.study.split,
+                "--version", ship.version, "-o", quantized,
+                may_fail=("QUANTIZATION_GATE", "GOLDEN_CASE_DISAGREES"),
+            )  # fmt: skip
+            if said is not None:
+                refused.write_text(said)
+                self.tell(f"INT8 does not ship: {said}")
+        evaluations = {
+            "teacher": self.evaluate("teacher", CLAIM),
+            "float32": self.evaluate(best.key, CLAIM),
+        }
+        if quantized.is_dir():
+            evaluations["int8"] = self.evaluate(quantized.name, CLAIM, precision="int8")
+            for precision in ("float32", "int8"):
+                self.evaluate(quantized.name, CLAIM, precision=precision, runtime="onnxruntime")
+        source = quantized if quantized.is_dir() else self.work / "bundles" / best.key
+        self._finish(source, output, ship, evaluations)
+        return best
+
+    def report(self, results: Path, trained: dict[str, Path], shipped: list[tuple[Ship, Run]]) -> Path:
+        """Tables, tests, curves and pictures; what they are made from is copied beside them."""
+        results.mkdir(parents=True, exist_ok=True)
+        lines = [
+            {
+                "name": "teacher",
+                "results": str(self.teacher.resolve()),
+                "evaluations": self._evaluations("teacher"),
+                "labelmaps": str(self._labelmaps("teacher").resolve()),
+            }
+        ]
+        for run in self.study.runs:
+            baseline = self.study.baseline_of(run)
+            line = {
+                "name": run.title,
+                "results": str(trained[run.key].resolve()),
+                "evaluations": self._evaluations(run.key),
+                "labelmaps": str(self._labelmaps(run.key).resolve()),
+            }
+            if baseline is not None and baseline is not run:
+                line["baseline"] = baseline.title
+            lines.append(line)
+            shutil.copyfile(trained[run.key] / "fold_0" / "log.jsonl", results / f"{run.key}.log.jsonl")
+        for path in sorted((self.work / "evaluations").glob("*.json")):
+            shutil.copyfile(path, results / path.name)
+        description = self.study.description
+        ships = " ".join(
+            f"{run.title} has the best mean Dice of its width on the 'choose' cases and ships as {ship.name} "
+            f"{ship.version}{self._int8_sentence(run)}."
+            for ship, run in shipped
+        )
+        images = self._images().resolve()
+        content = {
+            "title": f"Study: {description.name}",
+            "text": f"{description.text}\n\n{ships}".strip(),
+            "cases": "the 'claim' cases, which trained nothing and chose nothing",
+            "teacher": "teacher",
+            "images": str(images),
+            "references": str(images.parent / images.name.replace("images", "labels")),
+            "pictured_cases": list(description.pictured_cases),
+            "runs": lines,
+        }
+        report = self.work / "report.yaml"
+        report.write_text(yaml.safe_dump(content, sort_keys=False))
+        self._segnode_train("report", report, "-o", results)
+        shutil.copyfile(self.work / "commands.log", results / "commands.log")
+        return results / "report.md"
+
+    # Their parts -------------------------------------------------------------------------------------------
+
+    def _recipe_file(self, run: Run) -> Path:
+        """The recipe as it is trained: with what the study replaces in every recipe."""
+        if not self.study.description.training:
+            return run.recipe_path
+        content = yaml.safe_load(run.recipe_path.read_text(encoding="utf-8"))
+        content["training"] = {**content.get("training", {}), **self.study.description.training}
+        path = self.work / "recipes" / run.recipe_path.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    def _finish(self, source: Path, output: Path, ship: Ship, evaluations: dict[str, Evaluation]) -> None:
+        """The bundle that ships: its final name and version, the figures in manifest and card, sealed."""
+        cases = len(json.loads(self.study.split.read_text())[CLAIM])
+        figures = metrics_of(
+            evaluations, f"the {cases} '{CLAIM}' cases of {self.study.split.name}, without mirroring"
+        )
+        unfinished = output.with_name(f".{output.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished)
+        manifest = Bundle.open(source).manifest.model_copy(
+            update={"name": ship.name, "version": ship.version, "metrics": figures}
+        )
+        notes = read_description(
+            self.study.labels, ResultsFolder.open(self.teacher), template_path=self.work / "labels.yaml"
+        ).notes
+        (unfinished / "model.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (unfinished / "card.md").write_text(model_card(manifest, notes), encoding="utf-8")
+        sealed = seal(unfinished)
+        for weights in sealed.manifest.weights:
+            check_golden_case(sealed, precision=weights.precision)
+        unfinished.rename(output)
+
+    def _evaluations(self, key: str) -> list[str]:
+        """Every evaluation of a bundle on the claim cases, plain float32 first."""
+        folder = (self.work / "evaluations").resolve()
+        others = {*folder.glob(f"{key}-float32-*.{CLAIM}.json"), *folder.glob(f"{key}-int8*.{CLAIM}.json")}
+        return [str(folder / f"{key}.{CLAIM}.json"), *map(str, sorted(others))]
+
+    def _int8_sentence(self, run: Run) -> str:
+        refused = self.work / "bundles" / f"{run.key}-int8.refused"
+        if refused.is_file():
+            return f" in float32 alone, because INT8 did not pass its gate ({refused.read_text().strip()})"
+        return " in float32 and INT8"
+
+    def _images(self) -> Path:
+        """The folder of the training images. Raises TrainingDataError if there is none."""
+        cases = TrainingCases.open(self.data, ResultsFolder.open(self.teacher).dataset_json)
+        return cases.image_paths(cases.names()[0])[0].parent
+
+    def _labelmaps(self, key: str) -> Path:
+        return self.work / "labelmaps" / key
+
+    def _segnode_train(self, *arguments: object, may_fail: tuple[str, ...] = ()) -> str | None:
+        """Run a command of ``segnode-train``; what it said if it failed as it may, else None."""
+        words = [str(argument) for argument in arguments]
+        self.tell("segnode-train " + shlex.join(words))
+        with (self.work / "commands.log").open("a", encoding="utf-8") as log:
+            log.write("segnode-train " + shlex.join(words) + "\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "training", *words], stderr=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode == 0:
+            return None
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        if may_fail and last.startswith(may_fail):
+            return last
+        raise TrainingDataError(
+            f"A step of the study failed: {last}",
+            remedy=f"Run it by hand: segnode-train {shlex.join(words)}. Then start the study again.",
+        )
