@@ -26,6 +26,7 @@ from service.errors import AttemptError, LostClaimError
 from service.inference import InferenceProcess
 from service.logs import get_logger
 from service.protocol import Failed, OpenModel, Refused, RunJob, Succeeded
+from service.reading import AS_USUAL
 from service.records.database import Records, utc_now
 from service.records.events import record_event
 from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
@@ -159,6 +160,7 @@ class JobRunner:
 
     def _order(self, session: Session, claim: _Claim) -> RunJob:
         job = session.get_one(Job, claim.job_id)
+        route = self._settings.route(job.route_name or "")
         channels: list[list[Path]] = [[] for _ in range(max((i.channel for i in job.inputs), default=0) + 1)]
         for each in job.inputs:
             channels[each.channel].append(self._spool.absolute(each.path))
@@ -171,6 +173,7 @@ class JobRunner:
             settings_digest=self._settings.results_digest,
             supersedes=tuple(superseded_objects(session, claim.job_id)),
             profiles=self._settings.profiles_for(job.model_name, job.destinations),
+            reading=route.reading if route is not None else AS_USUAL,
         )
 
     def _process_for(self, bundle: Bundle) -> InferenceProcess:

@@ -107,6 +107,7 @@ def run_job(order: RunJob, bundle: Bundle, segmenter: pipeline.SegmentsVolumes, 
         settings_digest=order.settings_digest,
         supersedes=order.supersedes,
         profiles=order.profiles,
+        reading=order.reading,
     )
     try:
         outcome = pipeline.run(job, segmenter, bundle.manifest, bundle.digest, progress=advance)

@@ -16,8 +16,9 @@ from models.nifti import read_nifti
 from models.volume import Volume
 from service.archive import dicom_files, extract, is_dicom, is_zip
 from service.dicom.identity import common_identity
-from service.dicom.series import SourceSeries, read_series
+from service.dicom.series import GeometryPolicy, SourceSeries, read_series
 from service.limits import check_modalities
+from service.reading import AS_USUAL, ReadingRules
 
 _SAME_GRID_MM = 1e-3
 
@@ -32,7 +33,13 @@ class PipelineInput:
 
 
 def read_input(
-    channels: Sequence[Sequence[Path]], manifest: Manifest, scratch: Path, *, unpack_limit_bytes: int
+    channels: Sequence[Sequence[Path]],
+    manifest: Manifest,
+    scratch: Path,
+    *,
+    unpack_limit_bytes: int,
+    reading: ReadingRules = AS_USUAL,
+    for_objects: bool = True,
 ) -> PipelineInput:
     """Read every channel of a job onto one grid.
 
@@ -45,6 +52,11 @@ def read_input(
         A folder for what archives hold; it is left as it was.
     unpack_limit_bytes : int
         How much an archive may unpack to.
+    reading : ReadingRules
+        How DICOM images are read.
+    for_objects : bool
+        Whether DICOM objects will be made of the result. Where not, images that name no patient or study
+        are read too.
 
     Raises
     ------
@@ -67,12 +79,13 @@ def read_input(
             f"{sum(nifti)} of {len(nifti)} channels are not DICOM, and the others are.",
             remedy="Give all channels in the same format.",
         )
+    policy = GeometryPolicy(missing_identity="refuse" if for_objects else "accept")
     sources: list[SourceSeries] = []
     warnings: list[str] = []
     for number, paths in enumerate(channels):
         with _unpacked(paths, scratch / f"channel{number}", unpack_limit_bytes) as given:
             files, about_files = dicom_files(given)
-            source = read_series(files)
+            source = read_series(files, policy=policy)
         sources.append(source)
         warnings += [*about_files, *source.warnings]
         if source.lossy:

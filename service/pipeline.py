@@ -29,6 +29,7 @@ from service.inputs import PipelineInput, read_input
 from service.limits import check_grid
 from service.overlay import draw_overlay
 from service.profiles import Profile
+from service.reading import AS_USUAL, ReadingRules
 from service.rendering import Finding, OutputFile, describe, most_objects, render
 from service.spool import fsync_directory, fsync_file
 
@@ -74,7 +75,10 @@ class PipelineJob:
     supersedes : tuple of str
         SOP Instance UIDs of the objects that this result replaces.
     profiles : tuple of Profile
-        The objects that destinations want: each profile is rendered once.
+        The objects that destinations want: each profile is rendered once. Without any, no DICOM object is
+        made, and none of what only such an object needs is asked of the images.
+    reading : ReadingRules
+        How DICOM images are read.
     unpack_limit_bytes : int
         How much an archive may unpack to.
     """
@@ -85,6 +89,7 @@ class PipelineJob:
     settings_digest: str = ""
     supersedes: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = (Profile(),)
+    reading: ReadingRules = AS_USUAL
     unpack_limit_bytes: int = 16 * 1024**3
 
 
@@ -132,9 +137,16 @@ def run(
     """
     with _complete_or_nothing(job.output_dir) as unfinished:
         progress(Progress(READ, 0, 1))
-        given = read_input(job.channels, manifest, unfinished, unpack_limit_bytes=job.unpack_limit_bytes)
+        given = read_input(
+            job.channels,
+            manifest,
+            unfinished,
+            reading=job.reading,
+            for_objects=bool(job.profiles),
+            unpack_limit_bytes=job.unpack_limit_bytes,
+        )
         check_grid(manifest, given.volume)
-        if given.sources:
+        if given.sources and job.profiles:
             require_encodable(given.sources[0])
         progress(Progress(READ, 1, 1))
         labelmap = segmenter.segment(given.volume, progress=progress)
@@ -147,7 +159,7 @@ def run(
         )
         _write(unfinished / PREVIEW, _png(picture))
         files: list[OutputFile] = []
-        if given.sources:
+        if given.sources and job.profiles:
             finding = Finding(
                 sources=given.sources,
                 labelmap=labelmap,
@@ -156,7 +168,7 @@ def run(
                 runtime=segmenter.runtime_name,
                 precision=segmenter.precision.value,
                 created_at=job.created_at,
-                settings_digest=job.settings_digest,
+                settings_digest=job.reading.mixed_into(job.settings_digest),
                 comments=_comments(summary, job.supersedes),
                 picture=np.asarray(picture),
             )

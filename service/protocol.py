@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from service.errors import AttemptError
 from service.profiles import Profile
+from service.reading import AS_USUAL, ReadingRules
 
 MAXIMUM_LINE_BYTES = 16 * 1024**2  # the paths of 50,000 files fit
 
@@ -50,6 +51,7 @@ class RunJob(_Line):
     settings_digest: str
     supersedes: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = (Profile(),)
+    reading: ReadingRules = AS_USUAL
 
 
 class Ready(_Line):

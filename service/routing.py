@@ -48,13 +48,19 @@ class SeriesFacts:
 
 def wanted_keywords(routes: Sequence[Route]) -> tuple[str, ...]:
     """The DICOM keywords whose values the routes need, in order."""
-    named = {name for route in routes for name in route.match if name not in SERIES_FACTS}
+    conditions = [match for route in routes for match in (route.match, *route.complete_when)]
+    named = {name for match in conditions for name in match if name not in SERIES_FACTS}
     return tuple(sorted(named | set(FURTHER_KEYWORDS)))
 
 
 def takes(route: Route, series: SeriesFacts) -> bool:
     """True if every condition of the route holds for the series."""
-    return all(holds(condition, series.values(name)) for name, condition in route.match.items())
+    return satisfies(series, route.match)
+
+
+def satisfies(series: SeriesFacts, match: Mapping[str, Condition]) -> bool:
+    """True if every condition holds for the series."""
+    return all(holds(condition, series.values(name)) for name, condition in match.items())
 
 
 def holds(condition: Condition, values: Sequence[str]) -> bool:

@@ -28,6 +28,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 
 from service.errors import SettingsError
 from service.profiles import Profile
+from service.reading import ReadingRules, VolumeRule
 
 GIB = 1024**3
 MIB = 1024**2
@@ -181,7 +182,11 @@ class Route(_Section):
     ``calling_ae_title``, ``called_ae_title`` and ``instances``, to a condition; a bare value means
     ``equals``. :mod:`service.routing` says what holds when. ``several`` says what happens when several
     series of a study match: every one is segmented, the best one is (most instances, then the smallest
-    series number), or the study is refused. With ``refusal_objects`` a refusal is sent to the destinations
+    series number), or the study is refused. A series is complete when nothing came for ``quiet_time_s``, or
+    (where ``complete_when`` names the series that a study must have, each by conditions like those of
+    ``match``) as soon as its study has all of them and none of these got an image for ``settled_after_s``.
+    ``gantry_tilt`` and ``volume`` are those of :class:`service.reading.ReadingRules`. With
+    ``refusal_objects`` a refusal is sent to the destinations
     too, as a small report, wherever patient and study can be told.
     """
 
@@ -191,6 +196,10 @@ class Route(_Section):
     match: dict[str, Condition]
     several: Literal["all", "best", "refuse"] = "all"
     quiet_time_s: float = Field(default=30.0, gt=0)
+    complete_when: tuple[dict[str, Condition], ...] = ()
+    settled_after_s: float = Field(default=5.0, gt=0)
+    gantry_tilt: Literal["refuse", "resample"] = "refuse"
+    volume: VolumeRule | None = None
     destinations: tuple[Identifier, ...] = ()
     priority: int = Field(default=0, ge=-100, le=100)
     maximum_study_age_days: float | None = Field(default=None, gt=0)
@@ -200,25 +209,49 @@ class Route(_Section):
     @model_validator(mode="before")
     @classmethod
     def _bare_values(cls, data: Any) -> Any:
-        match = data.get("match") if isinstance(data, dict) else None
-        if isinstance(match, dict):
-            bare = {k: v if isinstance(v, (dict, Condition)) else {"equals": v} for k, v in match.items()}
-            return {**data, "match": bare}
-        return data
+        if not isinstance(data, dict):
+            return data
+        written = dict(data)
+        if isinstance(required := data.get("complete_when"), (list, tuple)):
+            written["complete_when"] = [_as_conditions(each) for each in required]
+        if "match" in data:
+            written["match"] = _as_conditions(data["match"])
+        return written
 
     @field_validator("match")
     @classmethod
     def _known_names(cls, match: dict[str, Condition]) -> dict[str, Condition]:
-        if not match:
-            raise ValueError("a route needs at least one condition")
-        for name in match:
-            if name in SERIES_FACTS:
-                continue
-            tag = tag_for_keyword(name)
-            if tag is None or dictionary_VR(tag) in _NOT_COMPARABLE:
-                facts = ", ".join(SERIES_FACTS)
-                raise ValueError(f"{name} is neither a DICOM keyword with plain values nor one of {facts}")
+        return _check_conditions(match, "a route")
+
+    @field_validator("complete_when")
+    @classmethod
+    def _known_names_of_each(cls, required: tuple[dict[str, Condition], ...]) -> Any:
+        return tuple(_check_conditions(each, "each series of complete_when") for each in required)
+
+    @property
+    def reading(self) -> ReadingRules:
+        """How the images that the route takes are read."""
+        return ReadingRules(gantry_tilt=self.gantry_tilt, volume=self.volume)
+
+
+def _as_conditions(match: Any) -> Any:
+    """A bare value means ``equals``."""
+    if not isinstance(match, dict):
         return match
+    return {k: v if isinstance(v, (dict, Condition)) else {"equals": v} for k, v in match.items()}
+
+
+def _check_conditions(match: dict[str, Condition], whose: str) -> dict[str, Condition]:
+    if not match:
+        raise ValueError(f"{whose} needs at least one condition")
+    for name in match:
+        if name in SERIES_FACTS:
+            continue
+        tag = tag_for_keyword(name)
+        if tag is None or dictionary_VR(tag) in _NOT_COMPARABLE:
+            facts = ", ".join(SERIES_FACTS)
+            raise ValueError(f"{name} is neither a DICOM keyword with plain values nor one of {facts}")
+    return match
 
 
 class ModelSettings(_Section):

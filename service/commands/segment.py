@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ValidationError
 
 from models.errors import SegnodeError
 from service.commands.console import note, progress_bar, show_table, warn
@@ -17,8 +19,16 @@ from service.commands.settings import Config, cache_dir, load, models_of_node_or
 if TYPE_CHECKING:
     from models.bundle import Bundle
     from service.pipeline import PipelineOutcome
+    from service.reading import ReadingRules
 
 _KINDS = {".nii.gz": "labelmap", ".dcm": "segmentation"}
+
+
+class GantryTilt(StrEnum):
+    """The choices of ``--gantry-tilt``."""
+
+    REFUSE = "refuse"
+    RESAMPLE = "resample"
 
 
 class NothingFoundError(SegnodeError):
@@ -51,6 +61,17 @@ def segment(
         Path | None,
         typer.Option(help="Write the volumes as a DICOM SR too (of DICOM input).", metavar="PATH"),
     ] = None,
+    gantry_tilt: Annotated[
+        GantryTilt, typer.Option(help="What to do with a DICOM series that was taken with a tilted gantry.")
+    ] = GantryTilt.REFUSE,
+    volume: Annotated[
+        str | None,
+        typer.Option(
+            help="Which volume of a DICOM series that holds several: EchoTime:first, EchoTime~30 (nearest), "
+            "DiffusionBValue=0, ...",
+            metavar="RULE",
+        ),
+    ] = None,
     config: Config = None,
 ) -> None:
     """Segment one case and write the labels; volumes go to standard output.
@@ -63,11 +84,13 @@ def segment(
         _check_measurements(measurements, output, inputs)
     if (model is None) == (bundle is None):
         raise typer.BadParameter("give one of --model and --bundle", param_hint="--model")
+    reading = _reading(gantry_tilt, volume)
     settings = load(config)
     opened, cache = _open(model, bundle, config)
 
     from models.segmenter import Segmenter
     from service.pipeline import PipelineJob, overall_fraction, run
+    from service.profiles import Profile
     from service.records.database import utc_now
 
     with tempfile.TemporaryDirectory(prefix="segnode-") as scratch, progress_bar() as bar:
@@ -85,6 +108,8 @@ def segment(
                     created_at=utc_now(),
                     output_dir=Path(scratch) / "results",
                     settings_digest=settings.results_digest,
+                    profiles=(Profile(),) if kind == "segmentation" or measurements else (),
+                    reading=reading,
                 ),
                 segmenter,
                 opened.manifest,
@@ -126,6 +151,17 @@ def _check_measurements(path: Path, output: Path, inputs: list[Path]) -> None:
             "a DICOM SR needs the DICOM series that it belongs to; the volumes of NIfTI are printed",
             param_hint="--measurements",
         )
+
+
+def _reading(gantry_tilt: GantryTilt, volume: str | None) -> ReadingRules:
+    from service.reading import ReadingRules, VolumeRule
+
+    try:
+        rule = VolumeRule.parse(volume) if volume is not None else None
+    except ValueError as error:
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise typer.BadParameter(first.removeprefix("Value error, "), param_hint="--volume") from error
+    return ReadingRules(gantry_tilt=gantry_tilt.value, volume=rule)
 
 
 def _are_dicom(inputs: list[Path]) -> bool:
