@@ -1,7 +1,9 @@
 """When a series is complete, and what is enqueued then.
 
 A series is complete for a route when it has received nothing for the route's ``quiet_time_s``; where the
-route takes one series of a study, when the whole study has. Routes with different quiet times look at one
+route takes one series of a study, when the whole study has. Where a route names the series that a study must
+have (``complete_when``), a series is complete earlier: when it and all of those have received nothing for
+``settled_after_s``. What comes later makes a new job, as ever. Routes with different quiet times look at one
 series at different moments: it stays open until every route that takes it has had its turn.
 
 Nothing is dropped in silence: a series that no route takes leaves an event, and one that a route takes but
@@ -26,8 +28,9 @@ from service.records.events import record_event
 from service.records.instances import complete_series, current_instances, quiet_series, study_is_quiet
 from service.records.jobs import queue_length
 from service.records.supersession import enqueue_newest, refuse_at_once
-from service.records.tables import Instance, JobOrigin, Series
+from service.records.tables import Instance, Job, JobOrigin, Series
 from service.records.work import NewInput, NewJob, input_key
+from service.required_series import are_present
 from service.routing import SeriesFacts, check_study_age, choose, takes, wanted_keywords
 from service.settings import Route, Settings
 from service.spool import Spool
@@ -67,7 +70,7 @@ class Completeness:
 
         Each series is one transaction, so receivers are never kept waiting for long.
         """
-        shortest_s = min((route.quiet_time_s for route in self._routes), default=0.0)
+        shortest_s = min((_shortest_wait_s(route) for route in self._routes), default=0.0)
         with self._records.read() as session:
             quiet = quiet_series(session, quiet_since=now - timedelta(seconds=shortest_s))
         if quiet:
@@ -141,6 +144,10 @@ class Completeness:
     def _is_due(self, session: Session, route: Route, series: Series, now: datetime) -> bool:
         if not self._has_room(route):
             return False
+        if route.complete_when and self._has_settled(route, series, now):
+            settled = self._series_in_study(session, route, series.study_instance_uid, now)
+            if are_present(route.complete_when, settled):
+                return True
         if route.several == "all":
             return series.last_instance_at <= now - timedelta(seconds=route.quiet_time_s)
         return study_is_quiet(session, series.study_instance_uid, now=now, quiet_time_s=route.quiet_time_s)
@@ -149,7 +156,8 @@ class Completeness:
         """Enqueue what a route wants of a series, or of its study. Returns the number of new jobs."""
         matching = [facts]
         if route.several != "all":
-            matching = self._matching_in_study(session, route, facts.study_instance_uid)
+            in_study = self._series_in_study(session, route, facts.study_instance_uid, now)
+            matching = [each for each in in_study if takes(route, each)]
         chosen: Sequence[SeriesFacts] = matching
         try:
             chosen = choose(route, matching)
@@ -159,20 +167,28 @@ class Completeness:
             return self._refuse(session, route, chosen, refusal, now)
         return sum(self._enqueue(session, route, one, now) for one in chosen)
 
-    def _matching_in_study(
-        self, session: Session, route: Route, study_instance_uid: str
+    def _series_in_study(
+        self, session: Session, route: Route, study_instance_uid: str, now: datetime
     ) -> list[SeriesFacts]:
-        """Every series of a study that the route takes, closed ones too."""
+        """Every series of a study that can be read, closed ones too.
+
+        For a route that may take a study before it is quiet, those that are still arriving are left out.
+        """
         of_study = select(Series).where(Series.study_instance_uid == study_instance_uid)
-        matching = []
+        found = []
         for series in session.scalars(of_study.order_by(Series.series_instance_uid)):
+            if route.complete_when and not self._has_settled(route, series, now):
+                continue
             try:
                 facts = self._facts(session, series)
             except Refusal:
                 continue  # it raises an alert of its own when it is looked at
-            if facts is not None and takes(route, facts):
-                matching.append(facts)
-        return matching
+            if facts is not None:
+                found.append(facts)
+        return found
+
+    def _has_settled(self, route: Route, series: Series, now: datetime) -> bool:
+        return series.last_instance_at <= now - timedelta(seconds=route.settled_after_s)
 
     def _enqueue(self, session: Session, route: Route, facts: SeriesFacts, now: datetime) -> int:
         new = _new_job(session, route, [facts])
@@ -186,11 +202,19 @@ class Completeness:
             if job.supersedes_job_id:
                 detail["supersedes"] = job.supersedes_job_id
             self._tell(session, "job.queued", job.job_id, now, detail=detail)
-        elif job.requested_version != route.version:
-            # One model gives one result of one series: the route that came first has chosen the version.
+        else:
+            self._tell_what_is_ignored(session, route, job, now)
+        return int(is_new)
+
+    def _tell_what_is_ignored(self, session: Session, route: Route, job: Job, now: datetime) -> None:
+        """One model gives one result of one series: the route that came first has chosen how."""
+        if job.requested_version != route.version:
             detail = {"route": route.name, "version": route.version, "used": job.requested_version}
             self._tell(session, "route.version_ignored", job.job_id, now, alert=True, detail=detail)
-        return int(is_new)
+        first = next((each for each in self._routes if each.name == job.route_name), None)
+        if first is not None and first.reading != route.reading:
+            detail = {"route": route.name, "used": first.name}
+            self._tell(session, "route.reading_ignored", job.job_id, now, alert=True, detail=detail)
 
     def _refuse(
         self, session: Session, route: Route, matching: Sequence[SeriesFacts], refusal: Refusal, now: datetime
@@ -261,6 +285,11 @@ class Completeness:
         record_event(
             session, kind, actor=_ACTOR, at=now, subject=subject, alert=alert, detail=dict(detail or {})
         )
+
+
+def _shortest_wait_s(route: Route) -> float:
+    """The least time after the last instance at which a route may take a series."""
+    return route.settled_after_s if route.complete_when else route.quiet_time_s
 
 
 def _new_job(session: Session, route: Route, several: Sequence[SeriesFacts]) -> NewJob:

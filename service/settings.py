@@ -223,6 +223,12 @@ class Route(_Section):
     def _known_names(cls, match: dict[str, Condition]) -> dict[str, Condition]:
         return _check_conditions(match, "a route")
 
+    @model_validator(mode="after")
+    def _settles_before_it_is_quiet(self) -> Self:
+        if self.complete_when and self.settled_after_s > self.quiet_time_s:
+            raise ValueError("settled_after_s cannot be longer than quiet_time_s")
+        return self
+
     @field_validator("complete_when")
     @classmethod
     def _known_names_of_each(cls, required: tuple[dict[str, Condition], ...]) -> Any:
