@@ -156,7 +156,17 @@ def decompose(array: Tensor, levels: int, wavelet: str = "db4") -> list[Tensor]:
     return result
 
 
-def project(
+def detail_coefficients(
+    array: Tensor, levels: int, *, bands: tuple[str, ...] = DETAIL_BANDS, wavelet: str = "db4"
+) -> list[Tensor]:
+    """The coefficients of each level as `decompose` gives them, with zeros but in the chosen bands.
+
+    Their energy is that of `detail_parts` (Parseval).
+    """
+    return [_only(coefficients, bands) for coefficients in decompose(array, levels, wavelet)]
+
+
+def detail_parts(
     array: Tensor, levels: int, *, bands: tuple[str, ...] = DETAIL_BANDS, wavelet: str = "db4"
 ) -> list[Tensor]:
     """P_j(array) for j = 1..levels: what the chosen bands of level j contribute, at the array's own size.
@@ -183,8 +193,3 @@ def project(
             part = transform.inverse(F.pad(part, padding), sizes[above])
         result.append(part)
     return result
-
-
-def band_energy(coefficients: Tensor, bands: tuple[str, ...]) -> Tensor:
-    """Sum of squares of the chosen bands of one level: equals the energy of their projection (Parseval)."""
-    return _only(coefficients, bands).square().sum()

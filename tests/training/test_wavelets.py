@@ -13,11 +13,10 @@ from training.wavelets import (
     DETAIL_BANDS,
     WaveletTransform,
     analysis_matrix,
-    band_energy,
-    decompose,
+    detail_coefficients,
+    detail_parts,
     exact_levels,
     octant,
-    project,
 )
 
 WAVELETS = ["haar", "db2", "db4", "sym4"]
@@ -76,18 +75,18 @@ def test_the_energy_of_the_coefficients_is_the_energy_of_the_array() -> None:
 def test_the_projections_of_all_bands_and_the_rest_add_up_to_the_array(levels: int) -> None:
     array = random(1, 2, 16, 24, 8)
     every_detail = tuple(band for band in ALL_BANDS if band != "LLL")
-    parts = project(array, levels, bands=every_detail)
-    rest = project(array, levels, bands=("LLL",))[-1]  # LLL of the coarsest level: all that is left
+    parts = detail_parts(array, levels, bands=every_detail)
+    rest = detail_parts(array, levels, bands=("LLL",))[-1]  # LLL of the coarsest level: all that is left
     torch.testing.assert_close(sum(parts) + rest, array, atol=1e-9, rtol=0)
 
 
 def test_a_projection_is_one_and_has_the_energy_of_its_coefficients() -> None:
     array = random(1, 2, 16, 24, 32)
-    coefficients = decompose(array, 2)
-    for level, part in enumerate(project(array, 2)):
-        energy = band_energy(coefficients[level], DETAIL_BANDS)
+    coefficients = detail_coefficients(array, 2)
+    for level, part in enumerate(detail_parts(array, 2)):
+        energy = coefficients[level].square().sum()
         assert part.square().sum() == pytest.approx(energy.item(), rel=1e-9)
-        torch.testing.assert_close(project(part, 2)[level], part, atol=1e-9, rtol=0)
+        torch.testing.assert_close(detail_parts(part, 2)[level], part, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("band", ALL_BANDS)
@@ -107,7 +106,7 @@ def test_only_the_chosen_bands_are_seen(band: str) -> None:
     coefficients = torch.zeros(1, 1, 16, 16, 16, dtype=torch.float64)
     where = octant(band, (16, 16, 16))
     coefficients[where] = random(1, 1, 8, 8, 8)
-    seen = project(transform.inverse(coefficients), 1)[0].square().sum()
+    seen = detail_parts(transform.inverse(coefficients), 1)[0].square().sum()
     expected = coefficients.square().sum() if band in DETAIL_BANDS else torch.tensor(0.0)
     assert seen.item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-15)
 

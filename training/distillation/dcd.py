@@ -13,7 +13,9 @@ fixed number of levels, each inverted by itself to the size of its own input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import pywt
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.distillation.base import Channels, Inputs, Method, Projections, chosen_stages
-from training.wavelets import ALL_BANDS, DETAIL_BANDS, band_energy, decompose, exact_levels, project
+from training.wavelets import ALL_BANDS, DETAIL_BANDS, detail_coefficients, detail_parts, exact_levels
 
 
 @dataclass(frozen=True)
@@ -67,37 +69,46 @@ class Dcd(Method):
     def forward(self, inputs: Inputs) -> Tensor:
         total = inputs.student_logits[0].new_zeros((), dtype=torch.float32)
         for i in self.stages:
-            student = self.projections.project(i, inputs.student_features[i])
-            # The projection is linear, so one transform of the difference serves for both sides.
-            difference = student - inputs.teacher_features[i].detach().float()
-            total = total + (
-                released_detail_loss(difference, self.options)
-                if self.options.variant == "released"
-                else exact_detail_loss(difference, self.options)
-            )
+            student, teacher = inputs.student_features[i].float(), inputs.teacher_features[i].detach().float()
+            if self.options.variant == "released":
+                difference = self.projections.project(i, student) - teacher
+                total = total + released_detail_loss(difference, self.options)
+            else:
+                project = partial(self.projections.project, i)
+                total = total + exact_detail_loss(student, teacher, project, self.options)
         return total
 
 
-def exact_detail_loss(difference: Tensor, options: DcdOptions) -> Tensor:
-    """(1/J) Σ_j mean ‖P_j(difference)‖² with an orthonormal transform; zero where a map has no level.
+def exact_detail_loss(
+    student: Tensor, teacher: Tensor, project: Callable[[Tensor], Tensor], options: DcdOptions
+) -> Tensor:
+    """(1/J) Σ_j mean ‖P_j(φ(student)) − P_j(teacher)‖², orthonormal; zero where a map has no level.
+
+    φ mixes channels and P_j mixes voxels, so they commute: φ(P_j(student)) is computed, which transforms and
+    differentiates the student's few channels where P_j(φ(student)) would those of the teacher.
 
     Parameters
     ----------
-    difference : (N, C, Z, Y, X) tensor
-        Projected student features minus teacher features.
+    student : (N, C_student, Z, Y, X) tensor
+    teacher : (N, C_teacher, Z, Y, X) tensor
+    project : callable
+        φ, linear and without a bias: (N, C_student, ...) to (N, C_teacher, ...).
     """
-    shape = tuple(difference.shape[2:])
+    shape = tuple(teacher.shape[2:])
     wavelet = options.wavelet
     levels = exact_levels(shape, options.levels, pywt.Wavelet(wavelet).dec_len)
     if levels == 0:
         if options.small_maps == "skip" or min(shape) < 2:
-            return difference.sum() * 0.0
+            return student.sum() * 0.0
         wavelet, levels = "haar", 1
-    if options.idwt:
-        parts = project(difference, levels, bands=options.bands, wavelet=wavelet)
-        return torch.stack([part.square().mean() for part in parts]).mean()
-    energies = [band_energy(c, options.bands) for c in decompose(difference, levels, wavelet)]
-    return torch.stack(energies).mean() / difference.numel()
+    part = partial(detail_parts if options.idwt else detail_coefficients, levels=levels, bands=options.bands)
+    student_parts = part(student.contiguous(), wavelet=wavelet)
+    with torch.no_grad():
+        teacher_parts = part(teacher.contiguous(), wavelet=wavelet)
+    energies = [
+        F.mse_loss(project(s), t, reduction="sum") for s, t in zip(student_parts, teacher_parts, strict=True)
+    ]
+    return torch.stack(energies).mean() / teacher.numel()
 
 
 def _released_filters(wavelet: str, band: str, kind: Literal["dec", "rec"], like: Tensor) -> Tensor:
