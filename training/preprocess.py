@@ -16,6 +16,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from models.manifest import Manifest
+from training.case_checks import check_case, check_description, known_values
 from training.errors import TrainingDataError
 
 Split = dict[str, list[str]]
@@ -42,24 +43,25 @@ class TrainingCases:
         Raises
         ------
         TrainingDataError
-            If either is missing.
+            If either is missing, or the folder's own dataset.json differs from the teacher's in its labels.
         """
-        for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
-            if (folder / images).is_dir() and (folder / labels).is_dir():
-                n_channels = len(dataset_json["channel_names"])
-                return TrainingCases(
-                    folder / images, folder / labels, dataset_json["file_ending"], n_channels
-                )
-        raise TrainingDataError(
-            f"{folder.name!r} holds neither imagesTr and labelsTr nor images and labels.",
-            remedy="Give the dataset's folder in nnUNet_raw.",
-        )
+        check_description(folder, dataset_json)
+        return TrainingCases._find(folder, dataset_json["file_ending"], len(dataset_json["channel_names"]))
 
     @staticmethod
     def of_bundle(folder: Path, manifest: Manifest) -> TrainingCases:
         """NIfTI cases with the channels of a bundle. Raises TrainingDataError."""
-        channels = {channel.name: channel.name for channel in manifest.channels}
-        return TrainingCases.open(folder, {"channel_names": channels, "file_ending": ".nii.gz"})
+        return TrainingCases._find(folder, ".nii.gz", len(manifest.channels))
+
+    @staticmethod
+    def _find(folder: Path, file_ending: str, n_channels: int) -> TrainingCases:
+        for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
+            if (folder / images).is_dir() and (folder / labels).is_dir():
+                return TrainingCases(folder / images, folder / labels, file_ending, n_channels)
+        raise TrainingDataError(
+            f"{folder.name!r} holds neither imagesTr and labelsTr nor images and labels.",
+            remedy="Give the dataset's folder in nnUNet_raw.",
+        )
 
     def names(self) -> list[str]:
         """The cases that have a label file, sorted."""
@@ -122,7 +124,8 @@ def prepare_dataset(
     Raises
     ------
     TrainingDataError
-        If a case of the split is missing, or stands on both sides of it.
+        If a case of the split is missing or stands on both sides of it, its labels hold a value that the
+        teacher does not know, or its image and labels lie on different grids.
     """
     both = sorted(set(split["train"]) & set(split["val"]))
     if both:
@@ -146,10 +149,14 @@ def prepare_dataset(
     write_json(dataset / "splits_final.json", [split])
     shutil.copyfile(fingerprint, dataset / "dataset_fingerprint.json")
 
+    known = known_values(dataset_json)
+    new = [case for case in wanted if not (arrays / f"{case}.pkl").is_file()]  # nnU-Net writes it last
+    for case in new:
+        check_case(case, cases.image_paths(case), cases.label_path(case), known)
     preprocessor = settings.preprocessor_class(verbose=False)
     for case in wanted:
         shutil.copyfile(cases.label_path(case), references / f"{case}{cases.file_ending}")
-        if (arrays / f"{case}.pkl").is_file():  # nnU-Net writes the properties last
+        if case not in new:
             continue
         images = [str(p) for p in cases.image_paths(case)]
         preprocessor.run_case_save(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.ema import MovingAverage
-from training.errors import RecipeError
+from training.errors import RecipeError, TrainingDataError
 from training.lesson import Lesson
 
 STATE_FILE = "run_state.pth"
@@ -53,11 +55,19 @@ class RunState:
         ------
         RecipeError
             If the state was written by another recipe.
+        TrainingDataError
+            If it is damaged.
         """
         path = folder / STATE_FILE
         if not path.is_file():
             return False
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise TrainingDataError(
+                f"The saved state {STATE_FILE} of the run in {folder.name!r} is damaged.",
+                remedy="Restore the file from a backup, or delete it to begin the run again.",
+            ) from error
         if state["recipe_digest"] != recipe_digest:
             raise RecipeError(
                 f"The run in {folder} was begun with another recipe.",

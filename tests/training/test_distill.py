@@ -187,6 +187,17 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(
         distill(teacher, cases, SPLIT, tiny_recipe(epochs=2), tmp_path, device="cpu")
 
 
+def test_a_damaged_state_is_refused_before_training_goes_on(
+    data: Path, teacher: ResultsFolder, tmp_path: Path
+) -> None:
+    folder = distill(teacher, cases_of(data, teacher), SPLIT, tiny_recipe(epochs=1), tmp_path, device="cpu")
+    (folder / "fold_0" / "checkpoint_final.pth").unlink()
+    state = folder / "fold_0" / STATE_FILE
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    with pytest.raises(TrainingDataError, match=r"run_state\.pth .* is damaged"):
+        distill(teacher, cases_of(data, teacher), SPLIT, tiny_recipe(epochs=1), tmp_path, device="cpu")
+
+
 def test_what_leaves_is_the_averaged_student_alone(
     data: Path, teacher: ResultsFolder, tmp_path: Path
 ) -> None:
