@@ -58,6 +58,8 @@ class ReasonCode(StrEnum):
     AMBIGUOUS_CHANNEL = "AMBIGUOUS_CHANNEL"
     AMBIGUOUS_SERIES = "AMBIGUOUS_SERIES"  # several series match a route that wants exactly one
     CHANNEL_GRIDS_DIFFER = "CHANNEL_GRIDS_DIFFER"
+    REGISTRATION_FAILED = "REGISTRATION_FAILED"  # moves a channel implausibly far, or to no avail
+    IMPLAUSIBLE_RESULT = "IMPLAUSIBLE_RESULT"  # empty, cut off, or unlike the training; refused by route only
     TOO_LARGE = "TOO_LARGE"  # would not fit in memory, or over a configured limit
     STUDY_TOO_OLD = "STUDY_TOO_OLD"
     MODEL_UNKNOWN = "MODEL_UNKNOWN"

@@ -14,6 +14,7 @@ model, so a sweep that died in the middle is simply done again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from sqlalchemy import select
@@ -31,7 +32,14 @@ from service.records.supersession import enqueue_newest, refuse_at_once
 from service.records.tables import Instance, Job, JobOrigin, Series
 from service.records.work import NewInput, NewJob, input_key
 from service.required_series import are_present
-from service.routing import SeriesFacts, check_study_age, choose, takes, wanted_keywords
+from service.routing import (
+    SeriesFacts,
+    check_study_age,
+    choose,
+    choose_channels,
+    takes,
+    wanted_keywords,
+)
 from service.settings import Route, Settings
 from service.spool import Spool
 
@@ -144,28 +152,35 @@ class Completeness:
     def _is_due(self, session: Session, route: Route, series: Series, now: datetime) -> bool:
         if not self._has_room(route):
             return False
-        if route.complete_when and self._has_settled(route, series, now):
+        if route.required_series and self._has_settled(route, series, now):
             settled = self._series_in_study(session, route, series.study_instance_uid, now)
-            if are_present(route.complete_when, settled):
+            if are_present(route.required_series, settled):
                 return True
-        if route.several == "all":
+        if not route.takes_one_of_a_study:
             return series.last_instance_at <= now - timedelta(seconds=route.quiet_time_s)
         return study_is_quiet(session, series.study_instance_uid, now=now, quiet_time_s=route.quiet_time_s)
 
     def _apply(self, session: Session, route: Route, facts: SeriesFacts, now: datetime) -> int:
         """Enqueue what a route wants of a series, or of its study. Returns the number of new jobs."""
         matching = [facts]
-        if route.several != "all":
+        if route.takes_one_of_a_study:
             in_study = self._series_in_study(session, route, facts.study_instance_uid, now)
             matching = [each for each in in_study if takes(route, each)]
         chosen: Sequence[SeriesFacts] = matching
+        channels: dict[str, SeriesFacts] = {}
         try:
-            chosen = choose(route, matching)
+            if route.channels:
+                channels = choose_channels(route, matching)
+                chosen = tuple(channels.values())
+            else:
+                chosen = choose(route, matching)
             for one in chosen:
                 check_study_age(route, one, now=now)
         except Refusal as refusal:
             return self._refuse(session, route, chosen, refusal, now)
-        return sum(self._enqueue(session, route, one, now) for one in chosen)
+        if channels:
+            return self._enqueue(session, route, _new_job_of_channels(session, route, channels), now)
+        return sum(self._enqueue(session, route, _new_job(session, route, [one]), now) for one in chosen)
 
     def _series_in_study(
         self, session: Session, route: Route, study_instance_uid: str, now: datetime
@@ -177,7 +192,7 @@ class Completeness:
         of_study = select(Series).where(Series.study_instance_uid == study_instance_uid)
         found = []
         for series in session.scalars(of_study.order_by(Series.series_instance_uid)):
-            if route.complete_when and not self._has_settled(route, series, now):
+            if route.required_series and not self._has_settled(route, series, now):
                 continue
             try:
                 facts = self._facts(session, series)
@@ -190,10 +205,9 @@ class Completeness:
     def _has_settled(self, route: Route, series: Series, now: datetime) -> bool:
         return series.last_instance_at <= now - timedelta(seconds=route.settled_after_s)
 
-    def _enqueue(self, session: Session, route: Route, facts: SeriesFacts, now: datetime) -> int:
-        new = _new_job(session, route, [facts])
+    def _enqueue(self, session: Session, route: Route, new: NewJob, now: datetime) -> int:
         job, is_new = enqueue_newest(
-            session, new, at=now, one_per_study=route.several != "all", profile_keys=self._profile_keys
+            session, new, at=now, one_per_study=route.takes_one_of_a_study, profile_keys=self._profile_keys
         )
         if is_new:
             if route.name in self._room:
@@ -226,7 +240,7 @@ class Completeness:
             reason=refusal.message,
             remedy=refusal.remedy,
             at=now,
-            one_per_study=route.several != "all",
+            one_per_study=route.takes_one_of_a_study,
             profile_keys=self._profile_keys,
         )
         if is_new:
@@ -289,7 +303,7 @@ class Completeness:
 
 def _shortest_wait_s(route: Route) -> float:
     """The least time after the last instance at which a route may take a series."""
-    return route.settled_after_s if route.complete_when else route.quiet_time_s
+    return route.settled_after_s if route.required_series else route.quiet_time_s
 
 
 def _new_job(session: Session, route: Route, several: Sequence[SeriesFacts]) -> NewJob:
@@ -308,3 +322,20 @@ def _new_job(session: Session, route: Route, several: Sequence[SeriesFacts]) -> 
         series_id=several[0].series_id if len(several) == 1 else None,
         priority=route.priority,
     )
+
+
+def _new_job_of_channels(session: Session, route: Route, channels: Mapping[str, SeriesFacts]) -> NewJob:
+    """The job that a route makes of the series that are its model's channels, in the route's order.
+
+    What a series is taken for is part of what makes the job: the same series in other roles are another.
+    """
+    inputs, identities = [], []
+    for number, (name, facts) in enumerate(channels.items()):
+        for each in current_instances(session, facts.series_id):
+            inputs.append(
+                NewInput(path=each.path, channel=number, channel_name=name, instance_id=each.instance_id)
+            )
+            identities.append((each.sop_instance_uid, f"{each.revision}:{each.identity_digest}:{name}"))
+    reference = channels[route.reference] if route.reference is not None else next(iter(channels.values()))
+    whole = _new_job(session, route, list(channels.values()))
+    return replace(whole, inputs=inputs, input_key=input_key(identities), series_id=reference.series_id)

@@ -48,14 +48,18 @@ class SeriesFacts:
 
 def wanted_keywords(routes: Sequence[Route]) -> tuple[str, ...]:
     """The DICOM keywords whose values the routes need, in order."""
-    conditions = [match for route in routes for match in (route.match, *route.complete_when)]
+    conditions = [
+        match for route in routes for match in (route.match, *route.complete_when, *route.channels.values())
+    ]
     named = {name for match in conditions for name in match if name not in SERIES_FACTS}
     return tuple(sorted(named | set(FURTHER_KEYWORDS)))
 
 
 def takes(route: Route, series: SeriesFacts) -> bool:
-    """True if every condition of the route holds for the series."""
-    return satisfies(series, route.match)
+    """True if every condition of the route holds for the series, and those of a channel if it has any."""
+    if not satisfies(series, route.match):
+        return False
+    return not route.channels or any(satisfies(series, match) for match in route.channels.values())
 
 
 def satisfies(series: SeriesFacts, match: Mapping[str, Condition]) -> bool:
@@ -107,6 +111,57 @@ def choose(route: Route, matching: Sequence[SeriesFacts]) -> tuple[SeriesFacts, 
         f"{len(matching)} series of the study match the route {route.name}, which takes exactly one.",
         remedy="Narrow the route's conditions, or set 'several' to best or all.",
     )
+
+
+def choose_channels(route: Route, matching: Sequence[SeriesFacts]) -> dict[str, SeriesFacts]:
+    """Which of the series of one study is which channel, in the order of the route's channels.
+
+    With ``several: best`` the best of those that match a channel is taken, as in :func:`choose`.
+
+    Raises
+    ------
+    Refusal
+        MISSING_CHANNEL or AMBIGUOUS_CHANNEL, with the name of every channel that is concerned.
+    """
+    candidates = {
+        name: [series for series in matching if satisfies(series, match)]
+        for name, match in route.channels.items()
+    }
+    missing = [name for name, found in candidates.items() if not found]
+    if missing:
+        raise Refusal(
+            ReasonCode.MISSING_CHANNEL,
+            f"The study has no series for {_channels(missing)}; the route {route.name} wants "
+            f"{len(candidates)} channels: {', '.join(candidates)}.",
+            remedy="Send the series that is missing, or widen the conditions of the channel.",
+        )
+    several = [name for name, found in candidates.items() if len(found) > 1]
+    if several and route.several != "best":
+        counts = ", ".join(f"{len(candidates[name])} match {name}" for name in several)
+        raise Refusal(
+            ReasonCode.AMBIGUOUS_CHANNEL,
+            f"More than one series of the study can be {_channels(several)}: {counts}.",
+            remedy="Narrow the conditions of the channel, or set 'several' to best.",
+        )
+    chosen = {name: min(found, key=_rank) for name, found in candidates.items()}
+    by_series: dict[str, list[str]] = {}
+    for name, series in chosen.items():
+        by_series.setdefault(series.series_id, []).append(name)
+    shared = [name for names in by_series.values() if len(names) > 1 for name in names]
+    if shared:
+        raise Refusal(
+            ReasonCode.AMBIGUOUS_CHANNEL,
+            f"One series of the study matches {_channels(shared)} alike.",
+            remedy="Give each of these channels a condition that the other's series does not meet.",
+        )
+    return chosen
+
+
+def _channels(names: Sequence[str]) -> str:
+    """``the channel A``, or ``the channels A and B``."""
+    if len(names) == 1:
+        return f"the channel {names[0]}"
+    return f"the channels {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _rank(series: SeriesFacts) -> tuple[int, float, str]:

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 
+from service.channel_rules import AlignmentRules
 from service.errors import SettingsError
 from service.profiles import Profile
 from service.reading import ReadingRules, VolumeRule
@@ -65,6 +66,7 @@ Network = Annotated[str, AfterValidator(_check_network)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+ChannelName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class _Section(BaseModel):
@@ -188,6 +190,12 @@ class Route(_Section):
     ``gantry_tilt`` and ``volume`` are those of :class:`service.reading.ReadingRules`. With
     ``refusal_objects`` a refusal is sent to the destinations
     too, as a small report, wherever patient and study can be told.
+
+    For a model of several channels ``channels`` gives each channel of the model, by its name there, the
+    conditions by which its series is told from the others that match; the study is complete when all of
+    them are there. A channel that no series matches, or more than one, is refused by name; with ``several:
+    best`` the best one is taken. ``reference``, ``registration`` and ``registration_limit_mm`` are those of
+    :class:`service.channel_rules.AlignmentRules`.
     """
 
     name: Identifier
@@ -200,6 +208,10 @@ class Route(_Section):
     settled_after_s: float = Field(default=5.0, gt=0)
     gantry_tilt: Literal["refuse", "resample"] = "refuse"
     volume: VolumeRule | None = None
+    channels: dict[ChannelName, dict[str, Condition]] = {}
+    reference: ChannelName | None = None
+    registration: Literal["none", "rigid"] = "none"
+    registration_limit_mm: float = Field(default=30.0, gt=0)
     destinations: tuple[Identifier, ...] = ()
     priority: int = Field(default=0, ge=-100, le=100)
     maximum_study_age_days: float | None = Field(default=None, gt=0)
@@ -216,6 +228,8 @@ class Route(_Section):
             written["complete_when"] = [_as_conditions(each) for each in required]
         if "match" in data:
             written["match"] = _as_conditions(data["match"])
+        if isinstance(channels := data.get("channels"), dict):
+            written["channels"] = {name: _as_conditions(each) for name, each in channels.items()}
         return written
 
     @field_validator("match")
@@ -225,7 +239,7 @@ class Route(_Section):
 
     @model_validator(mode="after")
     def _settles_before_it_is_quiet(self) -> Self:
-        if self.complete_when and self.settled_after_s > self.quiet_time_s:
+        if self.required_series and self.settled_after_s > self.quiet_time_s:
             raise ValueError("settled_after_s cannot be longer than quiet_time_s")
         return self
 
@@ -233,6 +247,41 @@ class Route(_Section):
     @classmethod
     def _known_names_of_each(cls, required: tuple[dict[str, Condition], ...]) -> Any:
         return tuple(_check_conditions(each, "each series of complete_when") for each in required)
+
+    @model_validator(mode="after")
+    def _channels_can_be_told_apart(self) -> Self:
+        if not self.channels:
+            if self.reference is not None or self.registration != "none":
+                raise ValueError("reference and registration belong to a route with channels")
+            return self
+        if len(self.channels) == 1:
+            raise ValueError("a model of one channel takes its series by match alone")
+        for name, conditions in self.channels.items():
+            _check_conditions(conditions, f"the channel {name}")
+            if twice := sorted(set(conditions) & set(self.match)):
+                raise ValueError(f"{', '.join(twice)} is in match and in the channel {name}: name it in one")
+        if self.reference is not None and self.reference not in self.channels:
+            raise ValueError(f"the reference {self.reference} is none of the channels")
+        return self
+
+    @property
+    def takes_one_of_a_study(self) -> bool:
+        """Whether the route makes one job of a study, instead of one for each series."""
+        return self.several != "all" or bool(self.channels)
+
+    @property
+    def required_series(self) -> tuple[dict[str, Condition], ...]:
+        """The series with which a study is complete, each by its conditions; none where only quiet tells."""
+        return self.complete_when or tuple({**self.match, **own} for own in self.channels.values())
+
+    @property
+    def alignment(self) -> AlignmentRules:
+        """How the channels of the route are brought together."""
+        return AlignmentRules(
+            reference=self.reference,
+            registration=self.registration,
+            registration_limit_mm=self.registration_limit_mm,
+        )
 
     @property
     def reading(self) -> ReadingRules:

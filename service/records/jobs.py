@@ -75,7 +75,14 @@ def enqueue(session: Session, new: NewJob, *, at: datetime) -> tuple[Job, bool]:
     session.add(job)
     session.flush()
     session.add_all(
-        JobInput(job_id=job.job_id, position=i, channel=n.channel, instance_id=n.instance_id, path=n.path)
+        JobInput(
+            job_id=job.job_id,
+            position=i,
+            channel=n.channel,
+            channel_name=n.channel_name,
+            instance_id=n.instance_id,
+            path=n.path,
+        )
         for i, n in enumerate(new.inputs)
     )
     session.flush()

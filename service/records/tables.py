@@ -221,6 +221,7 @@ class JobInput(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("job.job_id"), primary_key=True)
     position: Mapped[int] = mapped_column(primary_key=True)
     channel: Mapped[int] = mapped_column(default=0)
+    channel_name: Mapped[str | None] = mapped_column(String(64))  # of the model, where chosen by name
     instance_id: Mapped[str | None] = mapped_column(ForeignKey("instance.instance_id"), index=True)
     path: Mapped[str]  # relative to the spool
 

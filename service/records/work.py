@@ -13,10 +13,15 @@ from service.records.tables import JobOrigin, ResultKind
 
 @dataclass(frozen=True)
 class NewInput:
-    """A file that a job reads: ``path`` is relative to the spool."""
+    """A file that a job reads: ``path`` is relative to the spool.
+
+    ``channel`` counts the job's inputs; ``channel_name`` is the model's channel that it is to be, where that
+    was chosen by name.
+    """
 
     path: str
     channel: int = 0
+    channel_name: str | None = None
     instance_id: str | None = None
 
 

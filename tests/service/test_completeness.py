@@ -432,3 +432,84 @@ def test_a_deflated_bomb_is_not_inflated(tmp_path: Path) -> None:
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 200 * 2**20
+
+
+CHANNELS = {"T1": {"SeriesDescription": "T1"}, "FLAIR": {"SeriesDescription": "FLAIR"}}
+BRAIN = {**MR, "name": "brain", "channels": CHANNELS, "reference": "FLAIR", "settled_after_s": 4.0}
+
+
+class TestStudiesOfSeveralChannels:
+    @staticmethod
+    def receive(node: SmallNode, folder: Path, description: str, uid: str, *, ago_s: float) -> None:
+        node.receive_phantom(
+            folder / uid, ago_s=ago_s, series_instance_uid=uid, SeriesDescription=description
+        )
+
+    def test_one_job_is_made_when_all_channels_are_there(self, new_node, tmp_path: Path) -> None:
+        node, completeness = new_node(BRAIN)
+        self.receive(node, tmp_path, "T1", "2.25.11", ago_s=9)
+        self.receive(node, tmp_path, "localizer", "2.25.13", ago_s=0)  # it keeps coming, and nobody waits
+        assert completeness.sweep(utc_now()) == 0
+        self.receive(node, tmp_path, "FLAIR", "2.25.12", ago_s=3)
+        assert completeness.sweep(utc_now()) == 0  # it may still be arriving
+        assert completeness.sweep(utc_now() + seconds(2)) == 1
+        (job,) = node.jobs()
+        with node.records.read() as session:
+            session.add(job)
+            roles = {(each.channel, each.channel_name) for each in job.inputs}
+            reference = session.get_one(Series, job.series_id)
+            assert len(job.inputs) == 16
+        assert roles == {(0, "T1"), (1, "FLAIR")}
+        assert reference.series_instance_uid == "2.25.12"
+        assert completeness.sweep(utc_now() + seconds(60)) == 0
+        assert len(node.jobs()) == 1
+
+    def test_a_channel_that_does_not_come_is_refused_by_name_and_made_good_when_it_does(
+        self, new_node, tmp_path: Path
+    ) -> None:
+        node, completeness = new_node(BRAIN)
+        self.receive(node, tmp_path, "T1", "2.25.11", ago_s=20)
+        assert completeness.sweep(utc_now()) == 1
+        (refused,) = node.jobs()
+        assert (refused.state, refused.reason_code) == (JobState.REFUSED, "MISSING_CHANNEL")
+        assert "the channel FLAIR" in refused.reason
+        self.receive(node, tmp_path, "FLAIR", "2.25.12", ago_s=15)
+        assert completeness.sweep(utc_now()) == 1
+        newer = node.jobs()[-1]
+        assert (newer.state, newer.supersedes_job_id) == (JobState.QUEUED, refused.job_id)
+
+    def test_a_second_series_for_a_channel_is_refused_by_name(self, new_node, tmp_path: Path) -> None:
+        node, completeness = new_node(BRAIN)
+        for uid, description in (("2.25.11", "T1"), ("2.25.12", "FLAIR"), ("2.25.14", "FLAIR")):
+            self.receive(node, tmp_path, description, uid, ago_s=20)
+        assert completeness.sweep(utc_now()) == 1
+        (job,) = node.jobs()
+        assert (job.state, job.reason_code) == (JobState.REFUSED, "AMBIGUOUS_CHANNEL")
+        assert "2 match FLAIR" in job.reason
+
+    def test_a_late_slice_of_any_channel_supersedes_the_result(self, new_node, tmp_path: Path) -> None:
+        node, completeness = new_node(BRAIN)
+        for uid, description in (("2.25.11", "T1"), ("2.25.12", "FLAIR")):
+            self.receive(node, tmp_path, description, uid, ago_s=50)
+        completeness.sweep(utc_now())
+        first = finish(node)
+        late = write_classic_series(
+            tmp_path / "late", image_array((9, 12, 14)), AFFINE,
+            series_instance_uid="2.25.11", SeriesDescription="T1",
+        )  # fmt: skip
+        node.receive(late, ago_s=20)
+        assert completeness.sweep(utc_now()) == 1
+        assert node.jobs()[-1].supersedes_job_id == first.job_id
+
+    def test_series_in_other_roles_are_another_job(self, new_node, tmp_path: Path) -> None:
+        node, completeness = new_node(BRAIN)
+        for uid, description in (("2.25.11", "T1"), ("2.25.12", "FLAIR")):
+            self.receive(node, tmp_path, description, uid, ago_s=50)
+        completeness.sweep(utc_now())
+        swapped = {"T1": CHANNELS["FLAIR"], "FLAIR": CHANNELS["T1"]}
+        settings = make_node(tmp_path / "other", routes=[{**BRAIN, "channels": swapped}]).settings
+        with node.records.write() as session:
+            for series in session.scalars(select(Series)):
+                series.state = SeriesState.RECEIVING
+        assert Completeness(settings, node.records, node.spool).sweep(utc_now()) == 1
+        assert len({job.input_key for job in node.jobs()}) == 2

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.errors import ReasonCode, Refusal
-from service.routing import SeriesFacts, check_study_age, choose, holds, takes, wanted_keywords
+from service.routing import (
+    SeriesFacts,
+    check_study_age,
+    choose,
+    choose_channels,
+    holds,
+    takes,
+    wanted_keywords,
+)
 from service.settings import Condition, Route
 
 NOON = datetime(2026, 6, 15, 12)  # noqa: DTZ001  # times in the records are naive
@@ -144,3 +152,80 @@ def test_a_study_that_is_too_old_is_refused_with_figures(study_date: str, refuse
 @pytest.mark.parametrize("attributes", [{}, {"StudyDate": "20261301"}, {"StudyDate": "yesterday"}])
 def test_a_study_without_a_readable_date_is_let_through(attributes: dict[str, str]) -> None:
     check_study_age(route(maximum_study_age_days=10), series(**attributes), now=NOON)
+
+
+CHANNELS = {
+    "T1": {"SeriesDescription": {"regex": "T1"}, "ContrastBolusAgent": {"present": False}},
+    "T1 contrast": {"SeriesDescription": {"regex": "T1"}, "ContrastBolusAgent": {"present": True}},
+    "FLAIR": {"SeriesDescription": {"regex": "FLAIR"}},
+}
+T1 = series("1.1", SeriesDescription="Ax T1", SeriesNumber=2)
+T1_CONTRAST = series("1.2", SeriesDescription="Ax T1 +C", ContrastBolusAgent="Gd", SeriesNumber=5)
+FLAIR = series("1.3", SeriesDescription="FLAIR 3D", SeriesNumber=3)
+T2 = series("1.4", SeriesDescription="T2", SeriesNumber=4)
+
+
+class TestChannels:
+    def test_every_channel_gets_its_series(self) -> None:
+        found = choose_channels(route(channels=CHANNELS), [FLAIR, T1_CONTRAST, T1, T2])
+        assert found == {"T1": T1, "T1 contrast": T1_CONTRAST, "FLAIR": FLAIR}
+        assert list(found) == list(CHANNELS)
+
+    def test_a_route_takes_the_series_of_its_channels_alone(self) -> None:
+        of_channels = route(channels=CHANNELS)
+        taken = [each for each in (T1, T1_CONTRAST, FLAIR, T2) if takes(of_channels, each)]
+        assert taken == [T1, T1_CONTRAST, FLAIR]
+        assert not takes(of_channels, replace(T1, attributes={**T1.attributes, "Modality": ("CT",)}))
+
+    @pytest.mark.parametrize(
+        ("there", "named", "not_named"),
+        [
+            ([T1, T1_CONTRAST], "the channel FLAIR;", "channels T1"),
+            ([T1], "the channels T1 contrast and FLAIR;", None),
+            ([], "the channels T1, T1 contrast and FLAIR;", None),
+        ],
+    )
+    def test_a_missing_channel_is_named(self, there: list, named: str, not_named: str | None) -> None:
+        with pytest.raises(Refusal) as caught:
+            choose_channels(route(channels=CHANNELS), there)
+        assert caught.value.reason is ReasonCode.MISSING_CHANNEL
+        assert named in caught.value.message
+        assert not_named is None or not_named not in caught.value.message
+
+    def test_an_ambiguous_channel_is_named(self) -> None:
+        again = replace(FLAIR, series_id="again", instances=30)
+        with pytest.raises(Refusal) as caught:
+            choose_channels(route(channels=CHANNELS), [T1, T1_CONTRAST, FLAIR, again])
+        assert caught.value.reason is ReasonCode.AMBIGUOUS_CHANNEL
+        assert "can be the channel FLAIR: 2 match FLAIR." in caught.value.message
+        best = choose_channels(route(channels=CHANNELS, several="best"), [T1, T1_CONTRAST, FLAIR, again])
+        assert best["FLAIR"] is again
+
+    @pytest.mark.parametrize("several", ["all", "best", "refuse"])
+    def test_one_series_is_never_two_channels(self, several: str) -> None:
+        wide = {name: CHANNELS[name] for name in ("T1", "FLAIR")} | {"other": {"SeriesNumber": 3}}
+        with pytest.raises(Refusal) as caught:
+            choose_channels(route(channels=wide, several=several), [T1, FLAIR])
+        assert caught.value.reason is ReasonCode.AMBIGUOUS_CHANNEL
+        assert "the channels FLAIR and other" in caught.value.message
+
+    def test_the_attributes_of_channels_are_read(self) -> None:
+        wanted = wanted_keywords([route(channels=CHANNELS)])
+        assert {"Modality", "SeriesDescription", "ContrastBolusAgent"} < set(wanted)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"channels": {"T1": {"EchoTime": 3}}}, "one channel"),
+            ({"channels": {**CHANNELS, "T2": {}}}, "the channel T2 needs at least one condition"),
+            ({"channels": {**CHANNELS, "T2": {"Modality": "MR"}}}, "in match and in the channel T2"),
+            ({"channels": {**CHANNELS, "T2": {"PixelData": "x"}}}, "neither a DICOM keyword"),
+            ({"channels": CHANNELS, "reference": "T2"}, "none of the channels"),
+            ({"reference": "T1"}, "belong to a route with channels"),
+            ({"registration": "rigid"}, "belong to a route with channels"),
+            ({"channels": CHANNELS, "quiet_time_s": 2}, "settled_after_s"),
+        ],
+    )
+    def test_mistakes_in_the_settings_are_named(self, changes: dict, said: str) -> None:
+        with pytest.raises(ValidationError, match=said):
+            route(**changes)
