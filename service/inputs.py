@@ -13,23 +13,37 @@ import numpy as np
 from models.errors import ReasonCode, Refusal
 from models.manifest import Manifest
 from models.nifti import read_nifti
-from models.volume import Volume
+from models.volume import Labelmap, Volume
 from service.archive import dicom_files, extract, is_dicom, is_zip
 from service.dicom.identity import common_identity
 from service.dicom.series import GeometryPolicy, SourceSeries, read_series
 from service.limits import check_modalities
 from service.reading import AS_USUAL, ReadingRules
+from service.straightening import Straightening, background_of
 
 _SAME_GRID_MM = 1e-3
 
 
 @dataclass(frozen=True)
 class PipelineInput:
-    """The volume of all channels and, for DICOM, the series of each; the first is what a result refers to."""
+    """The volume of all channels and, for DICOM, the series of each; the first is what a result refers to.
+
+    ``volume`` is always rectangular, as a model wants it. Where the slices of the series are not,
+    ``straightening`` leads from the one grid to the other.
+    """
 
     volume: Volume
     sources: tuple[SourceSeries, ...] = ()
     warnings: tuple[str, ...] = ()
+    straightening: Straightening | None = None
+
+    def on_slices(self, labelmap: Labelmap) -> Labelmap:
+        """The labels of the source's own planes, from those on the grid of ``volume``."""
+        return labelmap if self.straightening is None else self.straightening.back(labelmap)
+
+    def on_volume(self, labelmap: Labelmap) -> Labelmap:
+        """The labels on the grid of ``volume``, from those of the source's own planes."""
+        return labelmap if self.straightening is None else self.straightening.labels_forth(labelmap)
 
 
 def read_input(
@@ -79,7 +93,10 @@ def read_input(
             f"{sum(nifti)} of {len(nifti)} channels are not DICOM, and the others are.",
             remedy="Give all channels in the same format.",
         )
-    policy = GeometryPolicy(missing_identity="refuse" if for_objects else "accept")
+    policy = GeometryPolicy(
+        gantry_tilt="refuse" if reading.gantry_tilt == "refuse" else "accept",
+        missing_identity="refuse" if for_objects else "accept",
+    )
     sources: list[SourceSeries] = []
     warnings: list[str] = []
     for number, paths in enumerate(channels):
@@ -96,7 +113,20 @@ def read_input(
     if len(sources) > 1:
         stacked = np.concatenate([source.volume.array for source in sources])
         volume = Volume(stacked, volume.affine, volume.frame_of_reference_uid)
-    return PipelineInput(volume, tuple(sources), tuple(warnings))
+    if not sources[0].tilt_degrees:
+        return PipelineInput(volume, tuple(sources), tuple(warnings))
+    straightening = Straightening.of(volume.affine, volume.shape_zyx, limit_voxels=policy.limit_voxels)
+    around = [background_of(c, s.modality) for c, s in zip(volume.array, sources, strict=True)]
+    warnings.append(_about_tilt(sources[0].tilt_degrees))
+    return PipelineInput(straightening.forth(volume, around), tuple(sources), tuple(warnings), straightening)
+
+
+def _about_tilt(angle_degrees: float) -> str:
+    return (
+        f"The stack is sheared (gantry tilt {angle_degrees:.1f} degrees): for the model every slice was "
+        "moved in its plane onto a rectangular grid, by linear interpolation; the labels were brought back "
+        "onto the slices as they are."
+    )
 
 
 def _looks_like_nifti(path: Path) -> bool:

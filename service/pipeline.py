@@ -149,13 +149,15 @@ def run(
         if given.sources and job.profiles:
             require_encodable(given.sources[0])
         progress(Progress(READ, 1, 1))
-        labelmap = segmenter.segment(given.volume, progress=progress)
-        assert labelmap.array.shape == given.volume.shape_zyx
+        inferred = segmenter.segment(given.volume, progress=progress)
+        assert inferred.array.shape == given.volume.shape_zyx
+        labelmap = given.on_slices(inferred)
+        rectangular = given.on_volume(labelmap)  # for readers that know no sheared grid
         progress(Progress(WRITE, 0, 1))
-        write_nifti(labelmap, unfinished / LABELMAP)
+        write_nifti(rectangular, unfinished / LABELMAP)
         summary = _summary(given, labelmap, manifest)
         picture = draw_overlay(
-            given.volume, labelmap, manifest.labels, title=f"{manifest.title} {manifest.version}"
+            given.volume, rectangular, manifest.labels, title=f"{manifest.title} {manifest.version}"
         )
         _write(unfinished / PREVIEW, _png(picture))
         files: list[OutputFile] = []

@@ -51,8 +51,10 @@ class GeometryPolicy:
         Largest number of frames of one object.
     limit_inflated_bytes : int
         Largest size of one deflated data set once inflated.
-    gantry_tilt : "refuse"
-        What to do with a tilted stack.
+    gantry_tilt : "refuse" or "accept"
+        What to do with a tilted stack. One that is accepted gives a sheared affine.
+    largest_tilt_degrees : float
+        What is sheared further was not made by a gantry, and is refused in any case.
     non_image : "ignore" or "refuse"
         What to do with objects in the series that hold no plane of the patient.
     missing_identity : "refuse" or "accept"
@@ -70,18 +72,23 @@ class GeometryPolicy:
     limit_voxels: int = 1 << 30
     limit_frames: int = 20_000
     limit_inflated_bytes: int = 1 << 31
-    gantry_tilt: Literal["refuse"] = "refuse"
+    gantry_tilt: Literal["refuse", "accept"] = "refuse"
+    largest_tilt_degrees: float = 45.0
     non_image: Literal["ignore", "refuse"] = "ignore"
     missing_identity: Literal["refuse", "accept"] = "refuse"
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The frames in the order of increasing position along the normal, and the (4, 4) LPS affine."""
+    """The frames in the order of increasing position along the normal, and the (4, 4) LPS affine.
+
+    ``tilt_degrees`` is 0 but for a sheared stack.
+    """
 
     frames: tuple[Frame, ...]
     affine: Affine
     shape_zyx: tuple[int, int, int]
+    tilt_degrees: float = 0.0
 
 
 def regular_grid(
@@ -112,7 +119,7 @@ def regular_grid(
         raise _not_a_volume(f"The series holds {some}; a volume needs at least {policy.minimum_slices}.")
 
     step = (positions[-1] - positions[0]) / (len(frames) - 1)
-    _refuse_tilt(frames, positions, along, normal, policy)
+    tilt_degrees = _tilt_degrees(frames, positions, along, normal, policy)
     _refuse_irregular(frames, along, policy)
     grid = positions[0] + np.arange(len(frames))[:, None] * step
     offset = positions - grid
@@ -129,7 +136,7 @@ def regular_grid(
     affine[:3, 1] = column * between_rows
     affine[:3, 2] = step
     affine[:3, 3] = positions[0]
-    return Grid(tuple(frames), affine, (len(frames), rows, columns))
+    return Grid(tuple(frames), affine, (len(frames), rows, columns), tilt_degrees)
 
 
 def _directions(frames: Sequence[Frame], policy: GeometryPolicy) -> tuple[_Floats, _Floats, _Floats]:
@@ -218,20 +225,26 @@ def _refuse_repeated(frames: Sequence[Frame], along: _Floats, policy: GeometryPo
     )
 
 
-def _refuse_tilt(
+def _tilt_degrees(
     frames: Sequence[Frame], positions: _Floats, along: _Floats, normal: _Floats, policy: GeometryPolicy
-) -> None:
+) -> float:
+    """The angle between the normal and the line through the slices; 0 where it is within tolerance."""
     run = positions[-1] - positions[0]
     height = along[-1] - along[0]
     angle = float(np.degrees(np.arctan2(np.linalg.norm(run - height * normal), height)))
-    if angle > policy.tilt_degrees:
+    if angle <= policy.tilt_degrees:
+        return 0.0
+    if policy.gantry_tilt == "refuse" or angle > policy.largest_tilt_degrees:
         gaps = _missing_places(along, policy)
         also = f" Besides, slices are missing at {len(gaps)} places." if gaps else ""
         raise Refusal(
             ReasonCode.GANTRY_TILT,
             f"The stack of {len(frames)} slices is sheared: gantry tilt {angle:.1f} degrees.{also}",
-            remedy="Send a reconstruction without gantry tilt.",
+            remedy="Send a reconstruction without gantry tilt."
+            if angle > policy.largest_tilt_degrees
+            else "Send a reconstruction without gantry tilt, or have it resampled (gantry_tilt: resample).",
         )
+    return angle
 
 
 def _refuse_irregular(frames: Sequence[Frame], along: _Floats, policy: GeometryPolicy) -> None:

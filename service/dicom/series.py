@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from models.errors import ReasonCode, Refusal
-from models.volume import Volume, spacing_xyz_mm
+from models.volume import Volume
 from service.dicom.elements import string, strings, uid
 from service.dicom.frames import Frame, frames_of, has_plane
 from service.dicom.geometry import GeometryPolicy, Grid, regular_grid
@@ -75,6 +75,8 @@ class SourceSeries:
     lossy : bool
         True where any image was compressed with loss; then ``lossy_ratio`` (DS) and ``lossy_method`` (CS,
         PS3.3 C.7.6.1.1.5) tell how.
+    tilt_degrees : float
+        How far the stack is sheared; 0 where it is rectangular.
     warnings : tuple of str
         What was passed over or set right; no sentence holds patient data.
     """
@@ -94,12 +96,15 @@ class SourceSeries:
     lossy: bool
     lossy_ratio: str = ""
     lossy_method: str = ""
+    tilt_degrees: float = 0.0
     warnings: tuple[str, ...] = ()
 
     @property
     def slice_spacing_mm(self) -> float:
-        """Distance between neighbouring slices, between their positions."""
-        return spacing_xyz_mm(self.volume.affine)[2]
+        """Distance between neighbouring slices along their normal (PS3.3 C.7.6.16.2.1)."""
+        row, column, step = (self.volume.affine[:3, i] for i in range(3))
+        normal = np.cross(row, column)
+        return float(abs(normal @ step) / np.linalg.norm(normal))
 
     @property
     def study_instance_uid(self) -> str:
@@ -173,6 +178,7 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
         lossy=bool(lossy),
         lossy_ratio=lossy_ratio(lossy[0], forms[lossy[0]]) if lossy else "",
         lossy_method=lossy_method(lossy[0]) if lossy else "",
+        tilt_degrees=grid.tilt_degrees,
         warnings=tuple(warnings),
     )
 
