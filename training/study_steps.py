@@ -78,7 +78,7 @@ class StudyFolder:
         self.export("teacher", self.teacher, "nnU-Net's own training", None)
         self.evaluate("teacher", CLAIM)
         for run in self.study.runs:
-            self.export(run.key, trained[run.key], f"distilled: {run.recipe.method}", run.recipe_path.name)
+            self.export(run.key, trained[run.key], self._method(run), run.recipe_path.name)
             for cases in (CHOOSE, CLAIM):
                 self.evaluate(run.key, cases)
         shipped = [(ship, self.ship(ship)) for ship in self.study.description.ships]
@@ -250,6 +250,12 @@ class StudyFolder:
         if refused.is_file():
             return f" in float32 alone, because INT8 did not pass its gate ({refused.read_text().strip()})"
         return " in float32 and INT8"
+
+    @staticmethod
+    def _method(run: Run) -> str:
+        if not run.recipe.distillation:
+            return "nnU-Net's loss alone, nothing distilled"
+        return f"distilled from the teacher by {run.recipe.method}, beside nnU-Net's own loss"
 
     def _images(self) -> Path:
         """The folder of the training images. Raises TrainingDataError if there is none."""
