@@ -102,7 +102,7 @@ def read_input(
     for number, paths in enumerate(channels):
         with _unpacked(paths, scratch / f"channel{number}", unpack_limit_bytes) as given:
             files, about_files = dicom_files(given)
-            source = read_series(files, policy=policy)
+            source = read_series(files, policy=policy, volume=reading.volume)
         sources.append(source)
         warnings += [*about_files, *source.warnings]
         if source.lossy:

@@ -20,11 +20,13 @@ from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.tag import Tag
 
 _CHARACTER_SET = "SpecificCharacterSet"
 _PN_DELIMITERS = {0x5E, 0x3D, 0x5C}  # ^ = \ set the character set back (PS3.5 section 6.1.2.5.3)
 _UID = re.compile(r"[0-9.]{1,64}", re.ASCII)
 _BYTES_OF = {"US": 2, "SS": 2, "UL": 4, "SL": 4}
+_FLOATS = {"FL": (4, "f"), "FD": (8, "d")}
 _TEXT_DELIMITERS = {0x0D, 0x0A, 0x09, 0x0C}
 
 PARSE_ERRORS = (
@@ -132,6 +134,46 @@ def integer(dataset: Dataset, keyword: str) -> int | None:
     except ValueError:
         return None
     return int(number) if math.isfinite(number) and number == int(number) else None
+
+
+def real(dataset: Dataset, keyword: str) -> float | None:
+    """The first value of a numeric element of any VR (DS, IS, FD, FL, US, ...); None where not finite."""
+    element = _element(dataset, keyword)
+    if element is None:
+        return None
+    vr = dictionary_VR(element.tag) if element.VR in (None, "UN") else element.VR
+    if isinstance(element.value, bytes) and vr in _FLOATS:
+        size, code = _FLOATS[vr]
+        if len(element.value) < size:
+            return None
+        (number,) = struct.unpack_from(f"{'<' if element.is_little_endian else '>'}{code}", element.value)
+    elif vr in _BYTES_OF:
+        number = integer(dataset, keyword)
+    else:
+        try:
+            number = float(string(dataset, keyword) or "")
+        except ValueError:
+            return None
+    return float(number) if number is not None and math.isfinite(number) else None
+
+
+def private_strings(dataset: Dataset, group: int, element: int, creator: str) -> list[str]:
+    """The values of a private element of a creator, as :func:`strings`; empty where there is none.
+
+    Private blocks are looked for at 0x10, where the writers of the elements that are known here put them.
+    """
+    named, held = Tag(group, 0x0010), Tag(group, 0x1000 + element)
+    if named not in dataset or held not in dataset:
+        return []
+    texts = []
+    for tag in (named, held):
+        value = dataset.get_item(tag, keep_deferred=True).value
+        if isinstance(value, bytes):
+            value = value.decode("ascii", "replace")
+        elif value is not None and not isinstance(value, str | int | float):
+            value = "\\".join(map(str, value))
+        texts.append([part.strip(" \0") for part in str(value or "").split("\\")])
+    return texts[1] if texts[0] == [creator] else []
 
 
 def text(dataset: Dataset, keyword: str) -> tuple[str, bool]:

@@ -6,13 +6,12 @@ groups, each of them either shared by all frames or given per frame (PS3.3 C.7.6
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydicom.dataset import Dataset
 
 from models.errors import ReasonCode, Refusal
-from service.dicom.elements import decimal, decimals, integer, item, items, raw, string, strings
+from service.dicom.elements import decimal, decimals, integer, item, items, raw, string
 from service.dicom.instances import Instance
 
 Vector = tuple[float, ...]
@@ -42,10 +41,19 @@ class Frame:
     shared: Dataset | None
     own: Dataset | None
 
+    def group(self, macro: str) -> Dataset | None:
+        """A functional group of the frame, its own or else the one that all share; None where absent."""
+        return _group(self.shared, self.own, macro)
+
     @property
     def label(self) -> str:
         """How a message names this frame."""
         return self.instance.label if self.own is None else f"frame {self.number} of {self.instance.label}"
+
+
+def frame_count(instance: Instance) -> int:
+    """How many frames an instance says it holds."""
+    return integer(instance.header, "NumberOfFrames") or 1
 
 
 def frames_of(instance: Instance, *, limit_frames: int) -> list[Frame]:
@@ -60,7 +68,7 @@ def frames_of(instance: Instance, *, limit_frames: int) -> list[Frame]:
     header = instance.header
     if "NumberOfFrames" not in header and "PerFrameFunctionalGroupsSequence" not in header:
         return [_frame(instance, 1, None, None)]
-    count = integer(header, "NumberOfFrames") or 1
+    count = frame_count(instance)
     if count > limit_frames:
         raise Refusal(
             ReasonCode.TOO_LARGE,
@@ -91,46 +99,6 @@ def has_plane(header: Dataset) -> bool:
     return "PerFrameFunctionalGroupsSequence" in header or (
         raw(header, "ImagePositionPatient") is not None and raw(header, "ImageOrientationPatient") is not None
     )
-
-
-def differing_attributes(frames: Sequence[Frame]) -> list[str]:
-    """Keywords by which images that lie at one place can be told apart: echoes, phases, time points."""
-    found = []
-    for keyword, macro in _TRAITS:
-        values = {_trait(frame, keyword, macro) for frame in frames}
-        if len(values) > 1:
-            found.append(keyword)
-    return found
-
-
-_TRAITS: tuple[tuple[str, str], ...] = (
-    ("EchoTime", ""),
-    ("EffectiveEchoTime", "MREchoSequence"),
-    ("InversionTime", ""),
-    ("FlipAngle", ""),
-    ("DiffusionBValue", ""),
-    ("DiffusionBValue", "MRDiffusionSequence"),
-    ("TemporalPositionIdentifier", ""),
-    ("TemporalPositionIndex", "FrameContentSequence"),
-    ("TriggerTime", ""),
-    ("NominalPercentageOfCardiacPhase", "CardiacSynchronizationSequence"),
-    ("ImageType", ""),
-    ("FrameType", "MRImageFrameTypeSequence"),
-    ("FrameType", "CTImageFrameTypeSequence"),
-    ("StackID", "FrameContentSequence"),
-    ("AcquisitionNumber", ""),
-    ("FrameAcquisitionNumber", "FrameContentSequence"),
-    ("ConvolutionKernel", ""),
-    ("AcquisitionTime", ""),
-    ("ContentTime", ""),
-)
-
-
-def _trait(frame: Frame, keyword: str, macro: str) -> str:
-    source = _group(frame.shared, frame.own, macro) if macro else frame.instance.header
-    if source is None:
-        return ""
-    return str(integer(source, keyword) if keyword.endswith("Index") else strings(source, keyword))
 
 
 def _group(shared: Dataset | None, own: Dataset | None, keyword: str) -> Dataset | None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from models.errors import ReasonCode, Refusal
 from models.volume import Affine
-from service.dicom.frames import Frame, differing_attributes
+from service.dicom.frames import Frame
+from service.dicom.volumes import told_apart
 
 _Floats = NDArray[np.float64]
 _LISTED = 5  # places named in one sentence
@@ -205,16 +206,15 @@ def _refuse_repeated(frames: Sequence[Frame], along: _Floats, policy: GeometryPo
     counts = np.diff(np.append(starts, len(along)))
     if counts.max() == 1:
         return
-    together = [frames[int(s) : int(s + c)] for s, c in zip(starts, counts, strict=True) if c > 1]
-    traits = differing_attributes(max(together, key=len))
-    by = f"; they differ in {', '.join(traits)}" if traits else ""
+    by = told_apart(frames, np.repeat(np.arange(len(starts)), counts), len(starts))
     if len(starts) == 1:
         raise _not_a_volume(f"All {len(frames)} images lie at one position ({along[0]:.2f} mm){by}.")
     if counts.min() == counts.max():
         raise Refusal(
             ReasonCode.MULTI_VOLUME,
             f"The series holds {counts[0]} images at each of {len(starts)} positions{by}.",
-            remedy="Route a series that holds one volume: one phase, echo, time point or contrast.",
+            remedy="Route a series that holds one volume (one phase, echo, time point or contrast), or have "
+            "the route take one of them (volume: {by: ..., take: first}).",
         )
     places = ", ".join(f"{along[s]:.2f}" for s in starts[counts > 1][:_LISTED])
     raise Refusal(

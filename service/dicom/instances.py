@@ -40,12 +40,14 @@ _WANTED = [Tag(keyword) for keyword in (
     "RescaleSlope",
     "RescaleIntercept", "ModalityLUTSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
     # what tells volumes of one series apart
-    "EchoTime", "InversionTime", "FlipAngle", "DiffusionBValue", "TemporalPositionIdentifier",
-    "TriggerTime",
+    "EchoTime", "EchoNumbers", "InversionTime", "RepetitionTime", "FlipAngle", "DiffusionBValue",
+    "TemporalPositionIdentifier", "TriggerTime", "NominalPercentageOfCardiacPhase", "FrameReferenceTime",
+    "KVP", "ComplexImageComponent",
     "AcquisitionNumber", "ConvolutionKernel", "AcquisitionDate", "AcquisitionTime", "ContentDate",
     "ContentTime",
     "SeriesDate", "SeriesTime",
 )]
+_WANTED += [Tag(0x0019, 0x0010), Tag(0x0019, 0x100C), Tag(0x0043, 0x0010), Tag(0x0043, 0x1039)]  # b-values
 # fmt: on
 """The elements that are kept. Vendors' private ones are most of a header and cost most of its reading."""
 

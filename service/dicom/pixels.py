@@ -6,7 +6,7 @@ ends the whole process on some damaged JPEG and RLE frames, where a refusal of o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +152,17 @@ def lossy_ratio(instance: Instance, form: PixelFormat) -> str:
     return f"{max(stated, 1.0):.4g}"
 
 
-def stored_frames(instance: Instance, form: PixelFormat, count: int) -> Iterator[tuple[NDArray[Any], bool]]:
-    """Yield each frame as a (Y, X) integer array, and whether bits outside Bits Stored had to be cleared.
+def stored_frames(
+    instance: Instance, form: PixelFormat, count: int, wanted: Collection[int]
+) -> Iterator[tuple[int, NDArray[Any], bool]]:
+    """Yield frames as (Y, X) integer arrays, with whether bits outside Bits Stored had to be cleared.
+
+    Parameters
+    ----------
+    count : int
+        How many frames the instance holds.
+    wanted : collection of int
+        The numbers of those that are wanted, from 1; they come in the order in which they are stored.
 
     Raises
     ------
@@ -164,7 +173,7 @@ def stored_frames(instance: Instance, form: PixelFormat, count: int) -> Iterator
     if instance.transfer_syntax in _NATIVE:
         if instance.transfer_syntax == ExplicitVRBigEndian and form.bits_allocated == 8 and vr == "OW":
             value = np.frombuffer(value, "<u2", len(value) // 2).byteswap().tobytes()  # a word is two samples
-        yield from _native_frames(value, instance, form, count)
+        yield from _native_frames(value, instance, form, count, wanted)
         return
     table = [raw(instance.header, k) for k in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
     offsets = (table[0], table[1]) if all(isinstance(t, bytes) for t in table) else None
@@ -176,8 +185,9 @@ def stored_frames(instance: Instance, form: PixelFormat, count: int) -> Iterator
             ):
                 if number > count:
                     break
-                _check_codestream(stream, instance, form)
-                yield _decoded(stream, instance, form)
+                if number in wanted:
+                    _check_codestream(stream, instance, form)
+                    yield number, *_decoded(stream, instance, form)
     except PARSE_ERRORS as error:
         raise _damaged(instance, f"frame {number} of its compressed pixel data cannot be decoded") from error
     if number < count:
@@ -185,8 +195,8 @@ def stored_frames(instance: Instance, form: PixelFormat, count: int) -> Iterator
 
 
 def _native_frames(
-    value: bytes, instance: Instance, form: PixelFormat, count: int
-) -> Iterator[tuple[NDArray[Any], bool]]:
+    value: bytes, instance: Instance, form: PixelFormat, count: int, wanted: Collection[int]
+) -> Iterator[tuple[int, NDArray[Any], bool]]:
     dtype = form.dtype
     size = form.rows * form.columns
     needed = size * dtype.itemsize * count
@@ -195,8 +205,8 @@ def _native_frames(
     if instance.transfer_syntax == ExplicitVRBigEndian:
         dtype = dtype.newbyteorder(">")
     samples = np.frombuffer(value, dtype, size * count).reshape(count, form.rows, form.columns)
-    for plane in samples:
-        yield _significant(plane.astype(form.dtype, copy=False), form)
+    for number in sorted(wanted):
+        yield number, *_significant(samples[number - 1].astype(form.dtype, copy=False), form)
 
 
 def _significant(plane: NDArray[Any], form: PixelFormat) -> tuple[NDArray[Any], bool]:

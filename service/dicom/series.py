@@ -15,11 +15,13 @@ from pydicom.dataset import Dataset
 from models.errors import ReasonCode, Refusal
 from models.volume import Volume
 from service.dicom.elements import string, strings, uid
-from service.dicom.frames import Frame, frames_of, has_plane
+from service.dicom.frames import Frame, frame_count, frames_of, has_plane
 from service.dicom.geometry import GeometryPolicy, Grid, regular_grid
 from service.dicom.identity import Identity, common_identity
 from service.dicom.instances import Instance, read_instance
 from service.dicom.pixels import PixelFormat, is_lossy, lossy_method, lossy_ratio, stored_frames
+from service.dicom.volumes import pick_volume
+from service.reading import VolumeRule
 
 __all__ = ["GeometryPolicy", "SourceSeries", "read_series"]
 
@@ -115,7 +117,9 @@ class SourceSeries:
         return self.identity.patient_id
 
 
-def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) -> SourceSeries:
+def read_series(
+    paths: Sequence[Path], *, policy: GeometryPolicy | None = None, volume: VolumeRule | None = None
+) -> SourceSeries:
     """Read the files of one series, in any order, into a volume.
 
     Parameters
@@ -124,6 +128,8 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
         Part 10 files of one series. Their names and order mean nothing, except that messages count them.
     policy : GeometryPolicy, optional
         Tolerances and limits.
+    volume : VolumeRule, optional
+        Which volume is taken where the series holds several; without a rule it is refused.
 
     Raises
     ------
@@ -146,8 +152,11 @@ def read_series(paths: Sequence[Path], *, policy: GeometryPolicy | None = None) 
     images = _without_localizers(_without_copies(images, warnings), warnings)
     _refuse_mosaic(images)
 
-    forms = {image: PixelFormat.of(image) for image in images}
     frames = [f for image in images for f in frames_of(image, limit_frames=policy.limit_frames)]
+    if volume is not None:
+        frames, which = pick_volume(frames, volume)
+        warnings += [which] if which else []
+    forms = {image: PixelFormat.of(image) for image in dict.fromkeys(f.instance for f in frames)}
     voxels = sum(forms[f.instance].rows * forms[f.instance].columns for f in frames)
     if voxels > policy.limit_voxels:
         raise Refusal(
@@ -303,8 +312,8 @@ def _decode(grid: Grid, forms: dict[Instance, PixelFormat], warnings: list[str])
         wanted.setdefault(frame.instance, {})[frame.number] = (z, frame)
     cleared = 0
     for instance, places in wanted.items():
-        for number, (plane, was_cleared) in enumerate(
-            stored_frames(instance, forms[instance], len(places)), 1
+        for number, plane, was_cleared in stored_frames(
+            instance, forms[instance], frame_count(instance), places
         ):
             z, frame = places[number]
             _rescale(plane, frame, array[z])

@@ -345,7 +345,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Path]], ReasonCode, str]] = {
         lambda f: series(f)
         + series(f / "b", series_instance_uid="2.25.102", edit=_as_second_echo),
         ReasonCode.MULTI_VOLUME,
-        "2 images at each of 7 positions; they differ in EchoTime",
+        "2 images at each of 7 positions, told apart by EchoTime (3, 90)",
     ),
     "cine": (
         lambda f: with_change(f, list(range(7)), at(5)),

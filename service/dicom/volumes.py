@@ -1,0 +1,143 @@
+"""One volume of a series that holds several: echoes, phases, time points, b-values, reconstructions.
+
+A volume is taken by one attribute that a rule names, and only if the images that have the value are a
+whole volume: one at every position at which the series has any. An attribute that varies from slice to
+slice tells no volumes apart, and taking its first value would silently leave slices out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ReasonCode, Refusal
+from service.dicom.frames import Frame
+from service.dicom.traits import Trait, differing_traits, text_of, trait
+from service.reading import VolumeRule
+
+_SAME_PLACE_MM = 0.1  # positions of one slice in two volumes may be rounded differently
+_PARALLEL = 0.999  # cosine between the normals of images whose positions are compared
+_LISTED = 6
+_RELATIVE = 1e-6  # between two decimal spellings of one number
+
+
+def pick_volume(frames: Sequence[Frame], rule: VolumeRule) -> tuple[list[Frame], str | None]:
+    """The frames of the volume that a rule takes, and a sentence that says which it was.
+
+    Where the series is one volume, a rule that takes the first, the last or the nearest has no choice and
+    says nothing; one that asks for a value is held to it wherever the images state one.
+
+    Raises
+    ------
+    Refusal
+        MULTI_VOLUME where the rule does not single one whole volume out; OUT_OF_LIMITS where the series is
+        one volume of another value than the one that is asked for.
+    """
+    values = [trait(frame, rule.by) for frame in frames]
+    stated = sorted({value for value in values if value is not None}, key=_order)
+    several = _have_repeated_places(frames)
+    if not stated or (not several and rule.equals is None):
+        return list(frames), None  # where places repeat all the same, the grid refuses them with its figures
+    chosen = _choose(stated, rule)
+    if not chosen:
+        raise Refusal(
+            ReasonCode.MULTI_VOLUME if several else ReasonCode.OUT_OF_LIMITS,
+            f"No image has {rule.sentence}; {_listed(stated)} {'is' if len(stated) == 1 else 'are'} there.",
+            remedy="Route the series that is wanted, or change the rule by which the route takes a volume.",
+        )
+    picked = [frame for frame, value in zip(frames, values, strict=True) if value in chosen]
+    others = [frame for frame, value in zip(frames, values, strict=True) if value not in chosen]
+    if not others:
+        return picked, None
+    without = _places_without(picked, others)
+    which = f"{rule.by} {' and '.join(text_of(value) for value in sorted(chosen, key=_order))}"
+    if without:
+        raise Refusal(
+            ReasonCode.MULTI_VOLUME,
+            f"{rule.by} does not tell volumes apart: with {which} there are {len(picked)} of {len(frames)} "
+            f"images, and none at {without} other positions of the series.",
+            remedy="Route a series that holds one volume, or name another attribute in the route's rule.",
+        )
+    return picked, f"Taken: {len(picked)} of {len(frames)} images, by {which} of {_listed(stated)}."
+
+
+def told_apart(frames: Sequence[Frame], places: NDArray[np.intp], count: int) -> str:
+    """By what the volumes of a series can be told apart, for a message; empty where nothing is known.
+
+    Parameters
+    ----------
+    frames : sequence of Frame
+        Several at each place.
+    places : (N,) array
+        At which place each of them lies.
+    count : int
+        How many places there are.
+    """
+    differing = differing_traits(frames)
+    clean = []
+    for name in differing:
+        values = [trait(frame, name) for frame in frames]
+        seats = Counter(zip(values, places.tolist(), strict=True))
+        sizes = Counter(values)
+        if None not in sizes and max(seats.values()) == 1 and set(sizes.values()) == {count}:
+            clean.append(f"{name} ({_listed(sorted(sizes, key=_order))})")
+    if clean:
+        return f", told apart by {' or by '.join(clean[:3])}"
+    return f"; they differ in {', '.join(differing)}" if differing else ""
+
+
+def _choose(stated: Sequence[Trait], rule: VolumeRule) -> set[Trait]:
+    """The values that a rule takes of those that are stated, in ascending order."""
+    if rule.take is not None:
+        return {stated[0 if rule.take == "first" else -1]}
+    if rule.nearest is not None:
+        numbers = [value for value in stated if isinstance(value, float)]
+        return {min(numbers, key=lambda value: abs(value - (rule.nearest or 0.0)))} if numbers else set()
+    return {value for value in stated if _is(value, rule.equals)}
+
+
+def _is(value: Trait, wanted: float | str | None) -> bool:
+    if isinstance(value, float):
+        return isinstance(wanted, float) and abs(value - wanted) <= _RELATIVE * max(1.0, abs(wanted))
+    return value is not None and (wanted in value or wanted == "\\".join(value))
+
+
+def _have_repeated_places(frames: Sequence[Frame]) -> bool:
+    """True if two parallel images lie at one position along their normal."""
+    while frames:
+        along = np.sort(_along(frames[0], frames))
+        parallel = along[~np.isnan(along)]
+        if np.diff(parallel).min(initial=np.inf) < _SAME_PLACE_MM:
+            return True
+        frames = [f for f, place in zip(frames, _along(frames[0], frames), strict=True) if np.isnan(place)]
+    return False
+
+
+def _places_without(picked: Sequence[Frame], others: Sequence[Frame]) -> int:
+    """How many positions of other parallel images have none of the picked ones."""
+    here = _along(picked[0], picked)
+    there = _along(picked[0], others)
+    alone = [p for p in there[~np.isnan(there)] if np.nanmin(np.abs(here - p)) > _SAME_PLACE_MM]
+    return len(np.unique(np.round(alone, 1)))
+
+
+def _along(first: Frame, frames: Sequence[Frame]) -> NDArray[np.float64]:
+    """Where frames lie along the normal of the first, in mm; not a number for those that are not parallel."""
+    normal = np.cross(first.row, first.column)
+    normals = np.cross([frame.row for frame in frames], [frame.column for frame in frames])
+    lengths = np.linalg.norm(normals, axis=1) * np.linalg.norm(normal)
+    parallel = np.abs(normals @ normal) >= _PARALLEL * lengths
+    parallel[0] |= frames[0] is first  # also where its directions are no directions at all
+    return np.where(parallel, np.array([frame.position_mm for frame in frames]) @ normal, np.nan)
+
+
+def _order(value: Trait) -> tuple[float, tuple[str, ...]]:
+    return (value, ()) if isinstance(value, float) else (0.0, value or ())
+
+
+def _listed(values: Sequence[Trait]) -> str:
+    some = ", ".join(text_of(value) for value in values[:_LISTED])
+    return some if len(values) <= _LISTED else f"{some} and {len(values) - _LISTED} more"
