@@ -261,6 +261,8 @@ class Registry:
 
         Raises
         ------
+        SignatureError
+            If a shipped bundle is not signed by a trusted key; the others are installed all the same.
         BundleError, RegistryError
             As :meth:`add` and :meth:`activate` do.
         """
@@ -269,15 +271,22 @@ class Registry:
             manifest = parse_manifest(read_file(folder, MANIFEST, allow_hard_links=True))
             by_name.setdefault(manifest.name, {})[manifest.version] = folder
         seeded = []
+        untrusted: SignatureError | None = None
         for name, folders in sorted(by_name.items()):
             # A run that died between adding and activating is taken up again.
             if self.active_version(name) is not None or not folders.keys() >= set(self.versions(name)):
                 continue
-            for folder in folders.values():
-                self.add(folder, check_golden=check_golden)
+            try:
+                for folder in folders.values():
+                    self.add(folder, check_golden=check_golden)
+            except SignatureError as error:
+                untrusted = SignatureError(f"{name}: {error.message}", remedy=error.remedy)
+                continue
             usable = [version for version in folders if not self.is_withdrawn(name, version)]
             if usable:
                 seeded.append(self.activate(name, max(usable, key=version_key)))
+        if untrusted is not None:
+            raise untrusted
         return seeded
 
     def _state(self, name: str) -> ModelState:

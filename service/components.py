@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from models.errors import SegnodeError
 from service.logs import get_logger
-from service.node import Node
+from service.node import Node, seed_models
 
 Listening = Callable[[int | None], None]
 Component = Callable[[Node, threading.Event, Listening], None]
@@ -56,11 +56,13 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
 
     from service.api import create_app
     from service.api.protocol import GuardedProtocol
+    from service.console import build_console
 
-    node.registry.seed()
+    seed_models(node.registry)
     http = node.settings.http
     with listen("HTTP", http.host, http.port) as listener:
         app = create_app(node.settings, node.records, node.spool, node.registry)
+        build_console(app, app.state.api)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -95,7 +97,7 @@ def run_worker(node: Node, stop: threading.Event, listening: Listening) -> None:
     """Run jobs and send results."""
     from service.worker import Worker
 
-    node.registry.seed()
+    seed_models(node.registry)
     worker = Worker(node.settings, node.records, node.spool, node.registry)
     listening(None)
     worker.run(stop)

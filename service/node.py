@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from models.bundle import Bundle
+from models.errors import SignatureError
 from models.registry import Registry
-from models.signing import load_public_key
+from models.signing import load_trusted_keys
 from service.errors import SettingsError
+from service.logs import get_logger
 from service.records.database import Records
 from service.records.migrate import upgrade
 from service.settings import Settings
 from service.spool import Spool
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,5 +95,18 @@ def open_registry(settings: Settings) -> Registry:
     SignatureError
         If a key file cannot be read or holds no Ed25519 public key.
     """
-    keys = [load_public_key(path) for path in settings.models.trusted_keys]
+    keys = load_trusted_keys(settings.models.trusted_keys)
     return Registry(settings.registry_dir, trusted_keys=keys if settings.models.require_signature else None)
+
+
+def seed_models(registry: Registry) -> list[Bundle]:
+    """Install the models that ship; what was activated.
+
+    A node that asks for signatures starts without those that no trusted key has signed, and says so: its
+    site signs them with a key of its own, and adds them.
+    """
+    try:
+        return registry.seed()
+    except SignatureError as error:
+        log.error("models.shipped_not_trusted", reason=error.message, remedy=error.remedy)
+        return []

@@ -28,6 +28,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 
 from service.channel_rules import AlignmentRules
 from service.errors import SettingsError
+from service.governance_rules import CommitmentRules, GateRules, ProbationRules, RetentionRules, ShadowRules
 from service.profiles import Profile
 from service.reading import ReadingRules, VolumeRule
 
@@ -150,7 +151,10 @@ class DeliverySettings(_Section):
 
 
 class Destination(_Section):
-    """A storage SCP that results are sent to; ``profile`` says which objects it gets, and in which form."""
+    """A storage SCP that results are sent to; ``profile`` says which objects it gets, and in which form.
+
+    With ``storage_commitment`` it is asked to confirm that it keeps them, and only then they are delivered.
+    """
 
     name: Identifier
     ae_title: AETitle
@@ -159,6 +163,8 @@ class Destination(_Section):
     calling_ae_title: AETitle | None = None  # the node's own where not given
     timeout_s: float = Field(default=30.0, gt=0)
     profile: Profile = Profile()
+    tls: ClientTls | None = None
+    storage_commitment: bool = False
 
 
 class Condition(_Section):
@@ -310,9 +316,14 @@ def _check_conditions(match: dict[str, Condition], whose: str) -> dict[str, Cond
 
 
 class ModelSettings(_Section):
-    """Which bundles the node accepts. ``trusted_keys`` are Ed25519 public keys in PEM files."""
+    """Which bundles the node accepts.
+
+    ``trusted_keys`` are files with one Ed25519 public key each (PEM), and folders of such files ``*.pem``.
+    With ``require_gate`` a version is activated only after it has passed the gate.
+    """
 
     require_signature: bool = False
+    require_gate: bool = True
     trusted_keys: tuple[Path, ...] = ()
     maximum_bundle_bytes: int = Field(default=2 * GIB, ge=1)
 
@@ -339,6 +350,11 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     delivery: DeliverySettings = DeliverySettings()
     models: ModelSettings = ModelSettings()
+    gate: GateRules = GateRules()
+    probation: ProbationRules = ProbationRules()
+    shadow: ShadowRules = ShadowRules()
+    retention: RetentionRules = RetentionRules()
+    commitment: CommitmentRules = CommitmentRules()
     destinations: tuple[Destination, ...] = ()
     routes: tuple[Route, ...] = ()
 

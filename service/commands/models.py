@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.commands import signing
 from service.commands.console import note, show_table
 from service.commands.settings import Config, load
 
@@ -63,17 +64,9 @@ def add(
         note(f"{added.name} {added.version} is active: new jobs run on it.")
 
 
-@app.command()
-def verify(
-    name: Name,
-    version: Annotated[str | None, typer.Argument(help="The active one unless given.")] = None,
-    config: Config = None,
-) -> None:
-    """Read every byte of an installed version again, and run its golden case on every runtime."""
-    registry = _registry(config)
-    version = version or registry.active(name).manifest.version
-    bundle = registry.verify(name, version)
-    note(f"{name} {version} is whole, and its golden case comes out right. Digest {bundle.digest}.")
+app.command(name="make-key")(signing.make_key)
+app.command()(signing.sign)
+app.command()(signing.verify)
 
 
 @app.command()

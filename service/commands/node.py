@@ -28,14 +28,14 @@ def serve(config: Config = None) -> None:
     from service.doctor import Health, check_configuration
     from service.lifetime import stop_on_signals
     from service.logs import configure_logging
-    from service.node import open_node
+    from service.node import open_node, seed_models
     from service.serve import Supervisor, node_programs, only_one, write_ports
 
     settings = load(config)
     configure_logging(settings.log_level, component="serve")
     stop = stop_on_signals()
     with open_node(settings) as node, only_one(settings.data_dir):
-        for bundle in node.registry.seed():
+        for bundle in seed_models(node.registry):
             note(f"Installed {bundle.manifest.name} {bundle.manifest.version}, which ships with segnode.")
         ports_path = settings.data_dir / "ports.json"
         ports_path.unlink(missing_ok=True)
