@@ -40,6 +40,8 @@ MINIMUM_ROLE: dict[str, Role] = {
     "retry_job": Role.OPERATOR,
     "list_deliveries": Role.OPERATOR,
     "retry_delivery": Role.OPERATOR,
+    "list_destinations": Role.OPERATOR,
+    "echo_destination": Role.OPERATOR,
     "delete_study": Role.ADMIN,
     "list_models": Role.ADMIN,
     "add_model": Role.ADMIN,

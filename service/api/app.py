@@ -12,7 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from models.registry import Registry
-from service.api import audit, deliveries, health, jobs, models, segmentations, studies
+from service.api import audit, deliveries, destinations, health, jobs, models, segmentations, studies
 from service.api.access import MINIMUM_ROLE, authorize
 from service.api.middleware import Boundary, Limits, SecurityHeaders
 from service.api.problem import Problem, install_handlers, problem_responses
@@ -24,7 +24,7 @@ from service.settings import Settings
 from service.spool import Spool
 from service.uploads import UploadDesk, clear_abandoned
 
-_NOUNS = (segmentations, studies, jobs, deliveries, models, audit)
+_NOUNS = (segmentations, studies, jobs, deliveries, destinations, models, audit)
 _STREAMED = frozenset({("POST", f"{API_PREFIX}/segmentations"), ("POST", f"{API_PREFIX}/models")})
 
 _DESCRIPTION = """\

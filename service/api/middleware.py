@@ -72,7 +72,7 @@ class SecurityHeaders:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in self._headers.items():
-                    headers[name] = value
+                    headers.setdefault(name, value)  # the operator's page has a policy of its own
             await send(message)
 
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)

@@ -1,0 +1,281 @@
+"""The operator's page, without a browser: who gets in, what each role sees, and what a form does."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from api_harness import STUDY, ApiHarness
+from sqlalchemy import select
+
+from service.api.access import MINIMUM_ROLE
+from service.console import build_console
+from service.console.frame import MENU, safe_next
+from service.console.login import COOKIE, IDLE, LONGEST, Login, LoginSealer
+from service.keys import revoke
+from service.records.jobs import refuse_job
+from service.records.tables import Delivery, DeliveryState, Event, Job, JobState, Role
+
+HOSTILE = '<script>alert("x")</script>'
+
+
+class Browser:
+    """Keeps the cookie, and reads forms, as a browser does; it follows no redirect by itself."""
+
+    def __init__(self, api: ApiHarness) -> None:
+        self.api = api
+        self.cookie: str | None = None
+
+    def _keep(self, response: httpx.Response) -> httpx.Response:
+        if COOKIE in response.cookies:
+            self.cookie = response.cookies[COOKIE]
+        return response
+
+    def _headers(self) -> dict[str, str]:
+        return {"Cookie": f"{COOKIE}={self.cookie}"} if self.cookie else {}
+
+    def get(self, path: str) -> httpx.Response:
+        return self._keep(self.api.get(f"/console/{path}", key=None, headers=self._headers()))
+
+    def post(self, path: str, **fields: Any) -> httpx.Response:
+        return self._keep(self.api.post(f"/console/{path}", key=None, headers=self._headers(), data=fields))
+
+    def log_in(self, key: str) -> httpx.Response:
+        return self.post("login", key=self.api.secrets[key])
+
+    def token(self) -> str:
+        found = re.search(r'name="form_token" value="([0-9a-f]{64})"', self.get("queue").text)
+        assert found is not None
+        return found.group(1)
+
+
+@pytest.fixture
+def browser(api: ApiHarness) -> Browser:
+    build_console(api.app, api.app.state.api)
+    return Browser(api)
+
+
+@pytest.fixture
+def operator(browser: Browser) -> Browser:
+    browser.log_in("operator")
+    return browser
+
+
+@pytest.fixture
+def admin(browser: Browser) -> Browser:
+    browser.log_in("admin")
+    return browser
+
+
+def events(api: ApiHarness, kind: str) -> list[Event]:
+    with api.records.read() as session:
+        return list(session.scalars(select(Event).where(Event.kind == kind)))
+
+
+@pytest.mark.parametrize("path", [path for path, _, _ in MENU])
+def test_without_a_session_every_page_asks_to_log_in_and_comes_back(browser: Browser, path: str) -> None:
+    response = browser.get(path)
+    assert response.status_code == 303
+    assert response.headers["location"] == f"/console/login?next=/console/{path}"
+    assert f'value="/console/{path}"' in browser.get(f"login?next=/console/{path}").text
+
+
+def test_a_key_begins_a_session_and_its_secret_is_not_in_the_cookie(
+    browser: Browser, api: ApiHarness
+) -> None:
+    response = browser.post("login", key=api.secrets["operator"], next="/console/studies")
+    assert (response.status_code, response.headers["location"]) == (303, "/console/studies")
+    cookie = response.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    assert api.secrets["operator"] not in cookie
+    assert browser.get("queue").status_code == 200
+    assert [e.actor for e in events(api, "console.login")] == ["operator"]
+
+
+def test_a_wrong_key_is_told_recorded_and_begins_nothing(browser: Browser, api: ApiHarness) -> None:
+    response = browser.post("login", key="sgn_" + "x" * 43)
+    assert response.status_code == 401
+    assert "unknown, revoked or expired" in response.text
+    assert browser.cookie is None
+    assert len(events(api, "console.login_refused")) == 1
+
+
+def test_a_revoked_key_ends_its_session_at_once(operator: Browser, api: ApiHarness) -> None:
+    with api.records.write() as session:
+        revoke(session, api.key_ids["operator"], now=api.now)
+    assert operator.get("queue").status_code == 303
+
+
+def test_a_session_ends_when_it_is_not_used_and_when_it_is_old(operator: Browser, api: ApiHarness) -> None:
+    api.now += IDLE - timedelta(minutes=1)
+    assert operator.get("queue").status_code == 200  # and is used now
+    api.now += IDLE - timedelta(minutes=1)
+    assert operator.get("queue").status_code == 200
+    api.now += IDLE + timedelta(minutes=1)
+    assert operator.get("queue").status_code == 303
+    operator.log_in("operator")
+    for _ in range(int(LONGEST / timedelta(minutes=25))):
+        api.now += timedelta(minutes=25)
+        operator.get("queue")
+    api.now += timedelta(minutes=25)
+    assert operator.get("queue").status_code == 303
+
+
+def test_a_cookie_that_was_changed_or_made_elsewhere_is_none(operator: Browser, api: ApiHarness) -> None:
+    assert operator.cookie is not None
+    body, _, signature = operator.cookie.partition(".")
+    forged = LoginSealer(b"another secret").seal(Login.begin(api.key_ids["admin"], api.now))
+    for cookie in (f"{body}x.{signature}", f"{body}.{signature[:-1]}0", body, "", ".", forged, "é.é"):
+        operator.cookie = cookie.encode("ascii", "ignore").decode()
+        assert operator.get("queue").status_code == 303, cookie
+
+
+def test_logging_out_takes_the_cookie_away(operator: Browser) -> None:
+    response = operator.post("logout", form_token=operator.token())
+    assert response.status_code == 303
+    assert 'segnode_session=""' in response.headers["set-cookie"]
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_each_role_sees_the_pages_of_its_operations_and_no_other(browser: Browser, role: Role) -> None:
+    browser.log_in(role.value)
+    rank = list(Role)
+    for path, title, operation in MENU:
+        allowed = rank.index(role) >= rank.index(MINIMUM_ROLE[operation])
+        page = browser.get(path)
+        assert page.status_code == (200 if allowed else 403), path
+        assert (f'<a href="/console/{path}"' in page.text) == allowed, title
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["jobs/{job}/retry", "deliveries/{job}/retry", "destinations/pacs/echo", "models/threshold/activate",
+     "models/threshold/rollback", "logout"],
+)  # fmt: skip
+def test_a_form_without_its_sessions_token_does_nothing(admin: Browser, api: ApiHarness, path: str) -> None:
+    job_id = api.enqueue()
+    for token in ({}, {"form_token": "0" * 64}):
+        response = admin.post(path.format(job=job_id), version="1.0.0", **token)
+        assert response.status_code == 403
+        assert "FORM_EXPIRED" in response.text
+
+
+def test_a_role_that_is_too_low_is_told_so_on_a_page(operator: Browser, api: ApiHarness) -> None:
+    api.install(activate=False)
+    response = operator.post("models/threshold/activate", version="1.0.0", form_token=operator.token())
+    assert response.status_code == 403
+    assert "ROLE_TOO_LOW" in response.text
+    assert api.registry.active_version("threshold") is None
+
+
+def test_a_refused_job_shows_its_code_sentence_and_remedy_escaped_and_can_be_retried(
+    operator: Browser, api: ApiHarness
+) -> None:
+    job_id = api.enqueue(instances=[api.receive_instance()])
+    job = api.claim(job_id)
+    with api.records.write() as session:
+        refuse_job(
+            session,
+            job_id,
+            job.attempt,
+            code="GANTRY_TILT",
+            reason=HOSTILE,
+            remedy="Send it again.",
+            now=api.now,
+        )
+    for page in (
+        operator.get("queue").text,
+        operator.get(f"jobs/{job_id}").text,
+        operator.get("studies").text,
+    ):
+        assert "GANTRY_TILT" in page
+        assert HOSTILE not in page
+        assert "&lt;script&gt;" in page
+    assert "Send it again." in operator.get(f"jobs/{job_id}").text
+    response = operator.post(f"jobs/{job_id}/retry", form_token=operator.token())
+    assert response.headers["location"].startswith(f"/console/jobs/{job_id}?said=")
+    with api.records.read() as session:
+        assert session.get_one(Job, job_id).state is JobState.QUEUED
+
+
+def test_a_study_shows_its_jobs_series_and_deliveries(operator: Browser, api: ApiHarness) -> None:
+    job_id = api.enqueue(instances=[api.receive_instance()])
+    api.succeed(job_id)
+    page = operator.get(f"studies/{STUDY}").text
+    for expected in (STUDY, job_id[:8], "MR", "PACS", "succeeded", "Deliveries"):
+        assert expected in page
+    assert "SECRET-PATIENT" not in page + operator.get("studies").text + operator.get(f"jobs/{job_id}").text
+    assert operator.get("studies/1.2.3").status_code == 404
+    assert "There is no study 1.2.3" in operator.get("studies/1.2.3").text
+
+
+def test_a_parked_delivery_is_retried_from_the_page(operator: Browser, api: ApiHarness) -> None:
+    job_id = api.enqueue(instances=[api.receive_instance()], destinations=["pacs"])
+    api.succeed(job_id)
+    with api.records.write() as session:
+        delivery = session.scalars(select(Delivery)).first()
+        assert delivery is not None
+        delivery.state, delivery.last_status, delivery_id = DeliveryState.PARKED, 0x0122, delivery.delivery_id
+    page = operator.get("deliveries?of=parked").text
+    assert "0x0122" in page
+    assert f"deliveries/{delivery_id}/retry" in page
+    operator.post(f"deliveries/{delivery_id}/retry", form_token=operator.token())
+    with api.records.read() as session:
+        assert session.get_one(Delivery, delivery_id).state is DeliveryState.PENDING
+
+
+def test_a_model_is_swapped_and_taken_back_and_changed_labels_take_a_confirmation(
+    admin: Browser, api: ApiHarness
+) -> None:
+    api.install()
+    api.install(activate=False, version="2.0.0", labels=("low", "other"))
+    token = admin.token()
+    asked = admin.post("models/threshold/activate", version="2.0.0", form_token=token)
+    assert asked.status_code == 409
+    assert 'name="accept_changed_labels" value="true"' in asked.text
+    assert api.registry.active_version("threshold") == "1.0.0"
+    admin.post("models/threshold/activate", version="2.0.0", form_token=token, accept_changed_labels="true")
+    assert api.registry.active_version("threshold") == "2.0.0"
+    assert [e.actor for e in events(api, "model.activated")] == ["admin"]
+    admin.post("models/threshold/rollback", form_token=token)
+    assert api.registry.active_version("threshold") == "1.0.0"
+    assert "model.rolled_back" in admin.get("audit").text
+
+
+def test_an_address_that_the_page_does_not_make_is_told_on_a_page(operator: Browser) -> None:
+    response = operator.get("queue?of=nonsense")
+    assert response.status_code == 422
+    assert "INVALID_REQUEST" in response.text
+    assert response.headers["content-type"].startswith("text/html")
+
+
+def test_no_page_runs_a_script_or_loads_from_elsewhere(admin: Browser) -> None:
+    for path, _, _ in MENU:
+        page = admin.get(path)
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src" not in policy
+        assert "<script" not in page.text
+        assert not re.findall(r'(?:src|href|action)="(?!/console|data:,|#)', page.text)
+    assert admin.get("console.css").headers["content-type"].startswith("text/css")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//evil.example/console/", "https://evil.example/console/queue", "/console/../api", "/elsewhere", "",
+     "/console\\evil", "javascript:alert(1)"],
+)  # fmt: skip
+def test_after_the_login_nobody_is_sent_elsewhere(path: str) -> None:
+    assert safe_next(path) == "/console/queue"
+    assert safe_next("/console/studies") == "/console/studies"
+
+
+def test_two_processes_of_a_node_share_the_secret(api: ApiHarness, tmp_path: Any) -> None:
+    one, other = LoginSealer.of_node(tmp_path / "data"), LoginSealer.of_node(tmp_path / "data")
+    login = Login.begin("k", api.now)
+    assert other.open(one.seal(login), api.now) == login
+    assert (tmp_path / "data" / "console.secret").stat().st_mode & 0o077 == 0
