@@ -163,7 +163,6 @@ class Destination(_Section):
     calling_ae_title: AETitle | None = None  # the node's own where not given
     timeout_s: float = Field(default=30.0, gt=0)
     profile: Profile = Profile()
-    tls: ClientTls | None = None
     storage_commitment: bool = False
 
 
