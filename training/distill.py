@@ -29,13 +29,15 @@ from torch.nn.utils import clip_grad_norm_
 from training.distillation.base import Channels
 from training.ema import MovingAverage
 from training.environment import configure_nnunet, seed_everything
-from training.errors import TrainingDataError
+from training.errors import RecipeError, TrainingDataError
 from training.lesson import Lesson, Teacher, encode_decode, labels_of
 from training.preprocess import Split, TrainingCases, prepare_dataset, write_json
-from training.recipe import Recipe
+from training.recipe import Recipe, TrainingRecipe
 from training.run_log import RunLog
 from training.run_state import RunState, nnunet_checkpoint, save_atomically
 from training.student import build_network, scaled_plans
+from training.synthesis.label_maps import LabelMapFolder
+from training.synthesis.source import SyntheticToolbox
 from training.teacher import ResultsFolder
 from training.toolbox import Batch, Toolbox, dice_of, seed_iteration
 
@@ -58,7 +60,7 @@ class Progress:
 
 def distill(
     teacher: ResultsFolder,
-    cases: TrainingCases,
+    cases: TrainingCases | LabelMapFolder,
     split: Split,
     recipe: Recipe,
     work_folder: Path,
@@ -72,8 +74,10 @@ def distill(
     ----------
     teacher : ResultsFolder
         One or several folds of a trained nnU-Net; its plans, dataset.json and fingerprint are used too.
-    cases : TrainingCases
-        Images and labels to train and validate on.
+        Plans without weights will do where the recipe distils nothing.
+    cases : TrainingCases or LabelMapFolder
+        Images and labels to train and validate on; or the label maps that a recipe with ``data: synthesis``
+        draws images from.
     split : dict
         Which of them for what. Nothing else is read.
     recipe : Recipe
@@ -93,8 +97,14 @@ def distill(
     TrainingDataError
         If the data do not fit the split, or the teacher's fingerprint is missing.
     RecipeError
-        If a run of another recipe is in the folder, or a term does not fit the networks.
+        If a run of another recipe is in the folder, a term does not fit the networks, or there is no teacher
+        for it.
     """
+    if recipe.distillation and not teacher.checkpoints:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} distils, and the teacher's folder holds plans without weights.",
+            remedy="Give a trained results folder, or a recipe without distillation terms.",
+        )
     training = recipe.training
     where = _device(device)
     rank, world = _join_process_group(where)
@@ -109,10 +119,7 @@ def distill(
         batch_size=training.batch_size,
         configuration=teacher.configuration,
     )
-    if rank == 0:
-        _prepare(teacher, cases, split, plans, work_folder)
-    _barrier(world)
-    toolbox = Toolbox(plans, teacher.dataset_json, teacher.configuration, where)
+    toolbox = _toolbox(teacher, cases, split, plans, recipe, work_folder, where, rank, world)
     folder = toolbox.output_folder
     if (folder / FINAL_CHECKPOINT).is_file():
         log.info("this run is finished already")
@@ -135,13 +142,15 @@ def distill(
         for network in frozen.networks:
             _place(network, where)
 
-    train_loader, validation_loader = toolbox.loaders()
+    train_loader, validation_loader = toolbox.loaders(state.epoch * training.iterations_per_epoch)
     if frozen is not None and not resumed:
         seed_iteration(training.seed, rank, 0, 0)
         images = (toolbox.to_device(batch).images for batch in train_loader)
         for method in lesson.method_list():
             method.prepare(frozen.networks[0], images, lesson.activation)
         _barrier(world)
+    if rank == 0:
+        _describe_results(folder, teacher, plans)
     run_log = RunLog(folder, resumed_epoch=state.epoch if resumed else 0) if rank == 0 else None
 
     for epoch in range(state.epoch, training.epochs):
@@ -209,9 +218,47 @@ def distill(
             break
 
     if rank == 0:
-        _write_results_folder(folder, state, toolbox, teacher, plans, recipe)
+        _write_results_folder(folder, state, toolbox, teacher, recipe)
     _barrier(world)
     return folder.parent
+
+
+def _toolbox(
+    teacher: ResultsFolder,
+    cases: TrainingCases | LabelMapFolder,
+    split: Split,
+    plans: dict[str, Any],
+    recipe: Recipe,
+    work_folder: Path,
+    device: torch.device,
+    rank: int,
+    world: int,
+) -> Toolbox:
+    """nnU-Net's parts, over preprocessed cases or over images that are drawn from label maps."""
+    synthesis = recipe.data.synthesis
+    if isinstance(cases, LabelMapFolder) != (synthesis is not None):
+        raise TrainingDataError(
+            "Label maps go with a recipe that says 'data: synthesis', and only with such a one.",
+            remedy="Give the other kind of data, or another recipe.",
+        )
+    if isinstance(cases, TrainingCases):
+        if rank == 0:
+            _prepare(teacher, cases, split, plans, work_folder)
+        _barrier(world)
+        return Toolbox(plans, teacher.dataset_json, teacher.configuration, device)
+    assert synthesis is not None
+    return SyntheticToolbox(
+        plans,
+        teacher.dataset_json,
+        teacher.configuration,
+        device,
+        maps=cases,
+        split=split,
+        synthesis=synthesis,
+        seed=recipe.training.seed,
+        rank=rank,
+        validation_iterations=recipe.training.validation_iterations,
+    )
 
 
 def _prepare(
@@ -250,15 +297,21 @@ def _build(
     channels = Channels(tuple(student_features), tuple(teacher.features))
     lesson = Lesson(student, recipe.distillation, channels, toolbox.loss(), activation)
     _place(lesson, toolbox.device)
-    optimizer = torch.optim.SGD(
-        [p for p in lesson.parameters() if p.requires_grad],
+    optimizer = _optimizer([p for p in lesson.parameters() if p.requires_grad], training)
+    average = MovingAverage(lesson.student, training.ema_decay)
+    return lesson, RunState(lesson, average, optimizer, scaler)
+
+
+def _optimizer(parameters: list[nn.Parameter], training: TrainingRecipe) -> torch.optim.Optimizer:
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        parameters,
         lr=training.learning_rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
         nesterov=True,
     )
-    average = MovingAverage(lesson.student, training.ema_decay)
-    return lesson, RunState(lesson, average, optimizer, scaler)
 
 
 @torch.no_grad()
@@ -298,12 +351,9 @@ def _write_results_folder(
     state: RunState,
     toolbox: Toolbox,
     teacher: ResultsFolder,
-    plans: dict[str, Any],
     recipe: Recipe,
 ) -> None:
-    """The files that make it a results folder; the final checkpoint last, since it says "finished"."""
-    write_json(folder.parent / "plans.json", plans)
-    write_json(folder.parent / "dataset.json", teacher.dataset_json)
+    """What the run was, then the final checkpoint, which says "finished"."""
     write_json(
         folder.parent / "distillation.json",
         {
@@ -316,9 +366,16 @@ def _write_results_folder(
             "best_epoch": state.best_epoch,
         },
     )
+    _write_checkpoint(folder / FINAL_CHECKPOINT, state, toolbox)
+
+
+def _describe_results(folder: Path, teacher: ResultsFolder, plans: dict[str, Any]) -> None:
+    """The files beside the checkpoints: with them the best one so far can be used while the run goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder.parent / "plans.json", plans)
+    write_json(folder.parent / "dataset.json", teacher.dataset_json)
     if teacher.fingerprint is not None:
         (folder.parent / "dataset_fingerprint.json").write_bytes(teacher.fingerprint.read_bytes())
-    _write_checkpoint(folder / FINAL_CHECKPOINT, state, toolbox)
 
 
 def _device(name: str) -> torch.device:

@@ -20,6 +20,7 @@ import yaml
 
 from training.distillation.registry import parse_options
 from training.errors import RecipeError
+from training.synthesis.recipe import SynthesisRecipe
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class StudentRecipe:
 class TrainingRecipe:
     """Budget and optimiser; the defaults are nnU-Net's, and the DCD paper's EMA.
 
+    ``optimizer`` "sgd" has Nesterov's momentum; "adamw" takes no ``momentum`` and suits a short budget.
     ``precision`` "auto" is float16 with loss scaling on CUDA and float32 on a CPU. ``early_stop_epochs``: the
     run ends when the validation Dice has not improved for so many epochs; None never stops early.
     ``deterministic``: one loader, a seed for every iteration, deterministic kernels; a run that is resumed
@@ -51,6 +53,7 @@ class TrainingRecipe:
     batch_size: int | None = None
     learning_rate: float = 0.01
     momentum: float = 0.99
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 3e-5
     gradient_clip: float = 12.0
     ema_decay: float = 0.999
@@ -117,6 +120,13 @@ class Published:
 
 
 @dataclass(frozen=True)
+class DataRecipe:
+    """Where batches come from: nnU-Net's loaders over preprocessed cases, or images drawn from label maps."""
+
+    synthesis: SynthesisRecipe | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run. Without terms it is the baseline "none" that every gain is measured from."""
 
@@ -125,6 +135,7 @@ class Recipe:
     training: TrainingRecipe = TrainingRecipe()
     distillation: tuple[Term, ...] = ()
     published: Published | None = None
+    data: DataRecipe = DataRecipe()
     note: str = ""
 
     @property
@@ -135,7 +146,13 @@ class Recipe:
     @property
     def digest(self) -> str:
         """SHA-256 of everything that defines the run; a checkpoint of another recipe is not resumed."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode()).hexdigest()
+        content = asdict(self)
+        # Later settings count only where they are used: runs begun before them can still be resumed.
+        if self.data == DataRecipe():
+            del content["data"]
+        if self.training.optimizer == "sgd":
+            del content["training"]["optimizer"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -163,12 +180,21 @@ def parse_recipe(content: Any) -> Recipe:
         raise RecipeError("distillation must be a list of terms.", remedy="Write each as '- method: …'.")
     published = values.get("published")
     parsed: dict[str, Any] = {
+        "data": _data(values.get("data")),
         "published": None if published is None else _build(Published, published, "published"),
         "student": _build(StudentRecipe, values.get("student"), "student"),
         "training": _build(TrainingRecipe, values.get("training"), "training"),
         "distillation": tuple(_term(term, f"distillation[{i}]") for i, term in enumerate(terms)),
     }
     return cast(Recipe, _build(Recipe, {**values, **parsed}, "the recipe"))
+
+
+def _data(content: Any) -> DataRecipe:
+    values = _mapping(content, "data")
+    if "synthesis" not in values:
+        return cast(DataRecipe, _build(DataRecipe, values, "data"))
+    synthesis = _build(SynthesisRecipe, values["synthesis"], "data.synthesis")
+    return cast(DataRecipe, _build(DataRecipe, {**values, "synthesis": synthesis}, "data"))
 
 
 def _term(content: Any, where: str) -> Term:

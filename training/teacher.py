@@ -126,6 +126,34 @@ class ResultsFolder:
             opened.network(index)
         return opened
 
+    @staticmethod
+    def planned(folder: Path, configuration: str = "3d_fullres") -> ResultsFolder:
+        """Plans, dataset.json and fingerprint alone: a network to train that has no weights yet.
+
+        Raises
+        ------
+        ResultsFolderError
+            If a file is missing or damaged.
+        PlansError
+            If the plans are not those of nnU-Net v2, or name what is not known.
+        """
+        plans = read_json(folder / "plans.json", "The plans")
+        dataset_json = read_json(folder / "dataset.json", "The dataset's description")
+        check_plans(plans)
+        classes_of(dataset_json)
+        settings = resolve_configuration(plans, configuration)
+        check_configuration(configuration, settings)
+        fingerprint = folder / "dataset_fingerprint.json"
+        return ResultsFolder(
+            folder=folder,
+            plans=plans,
+            dataset_json=dataset_json,
+            fingerprint=fingerprint if fingerprint.is_file() else None,
+            configuration=configuration,
+            settings=settings,
+            checkpoints=(),
+        )
+
     @cached_property
     def classes(self) -> Classes:
         """What the outputs mean."""

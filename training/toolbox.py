@@ -98,8 +98,11 @@ class Toolbox:
         built: Callable[[list[Tensor], list[Tensor]], Tensor] = self._trainer._build_loss()
         return built
 
-    def loaders(self) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
-        """nnU-Net's training and validation loaders, with its augmentation."""
+    def loaders(self, iterations_done: int = 0) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
+        """nnU-Net's training and validation loaders, with its augmentation.
+
+        They draw at random, so that ``iterations_done`` of a resumed run makes no difference to them.
+        """
         with redirect_stdout(io.StringIO()):
             train, validation = self._trainer.get_dataloaders()
         return train, validation

@@ -19,9 +19,13 @@ def register(app: typer.Typer) -> None:
 
 
 def distill(
-    teacher: Annotated[Path, typer.Argument(help="The teacher's nnU-Net results folder.")],
+    teacher: Annotated[
+        Path,
+        typer.Argument(help="The teacher's nnU-Net results folder; plans alone where nothing is distilled."),
+    ],
     data: Annotated[
-        Path, typer.Argument(help="Training cases: imagesTr and labelsTr, or images and labels.")
+        Path,
+        typer.Argument(help="Training cases (imagesTr and labelsTr, or images and labels), or label maps."),
     ],
     recipe: Annotated[Path, typer.Option(help="YAML file of the run; see training/recipes.")],
     split: Annotated[Path, typer.Option(help="JSON with the lists of cases to train and to validate with.")],
@@ -41,15 +45,23 @@ def distill(
     from training.distill import distill as run
     from training.preprocess import TrainingCases, read_split
     from training.recipe import load_recipe
+    from training.synthesis.label_maps import LabelMapFolder
     from training.teacher import ResultsFolder
 
     parsed = load_recipe(recipe)
     if seed is not None:
         parsed = replace(parsed, training=replace(parsed.training, seed=seed))
-    opened = ResultsFolder.open(
-        teacher, folds=None if fold is None else fold.split(","), checkpoint=checkpoint
-    )
-    cases = TrainingCases.open(data, opened.dataset_json)
+    if parsed.distillation or any(teacher.glob("fold_*")):
+        opened = ResultsFolder.open(
+            teacher, folds=None if fold is None else fold.split(","), checkpoint=checkpoint
+        )
+    else:  # nothing is distilled: plans are enough
+        opened = ResultsFolder.planned(teacher)
+    cases: TrainingCases | LabelMapFolder
+    if parsed.data.synthesis is None:
+        cases = TrainingCases.open(data, opened.dataset_json)
+    else:
+        cases = LabelMapFolder(data)
     console = Console(stderr=True)
     with _bar(console) as bar:
         task = bar.add_task(parsed.name, total=None, loss=float("nan"))

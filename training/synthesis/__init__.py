@@ -1,0 +1,1 @@
+"""Training images that are drawn from label maps: the data source of the brain student."""
