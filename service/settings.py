@@ -29,6 +29,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from service.channel_rules import AlignmentRules
 from service.errors import SettingsError
 from service.governance_rules import CommitmentRules, GateRules, ProbationRules, RetentionRules, ShadowRules
+from service.guard_rules import USUAL_GUARD, GuardRules
 from service.profiles import Profile
 from service.reading import ReadingRules, VolumeRule
 
@@ -200,7 +201,8 @@ class Route(_Section):
     conditions by which its series is told from the others that match; the study is complete when all of
     them are there. A channel that no series matches, or more than one, is refused by name; with ``several:
     best`` the best one is taken. ``reference``, ``registration`` and ``registration_limit_mm`` are those of
-    :class:`service.channel_rules.AlignmentRules`.
+    :class:`service.channel_rules.AlignmentRules`. ``guard`` says what is only warned of, and what is
+    refused: :class:`service.guard_rules.GuardRules`.
     """
 
     name: Identifier
@@ -217,6 +219,7 @@ class Route(_Section):
     reference: ChannelName | None = None
     registration: Literal["none", "rigid"] = "none"
     registration_limit_mm: float = Field(default=30.0, gt=0)
+    guard: GuardRules = USUAL_GUARD
     destinations: tuple[Identifier, ...] = ()
     priority: int = Field(default=0, ge=-100, le=100)
     maximum_study_age_days: float | None = Field(default=None, gt=0)
