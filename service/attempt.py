@@ -26,7 +26,6 @@ from service.errors import AttemptError, LostClaimError
 from service.inference import InferenceProcess
 from service.logs import get_logger
 from service.protocol import Failed, OpenModel, Refused, RunJob, Succeeded
-from service.reading import AS_USUAL
 from service.records.database import Records, utc_now
 from service.records.events import record_event
 from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
@@ -162,9 +161,12 @@ class JobRunner:
         job = session.get_one(Job, claim.job_id)
         route = self._settings.route(job.route_name or "")
         channels: list[list[Path]] = [[] for _ in range(max((i.channel for i in job.inputs), default=0) + 1)]
+        names: dict[int, str] = {}
         for each in job.inputs:
             channels[each.channel].append(self._spool.absolute(each.path))
-        return RunJob(
+            if each.channel_name is not None:
+                names[each.channel] = each.channel_name
+        order = RunJob(
             job_id=claim.job_id,
             attempt=claim.attempt,
             channels=tuple(tuple(paths) for paths in channels),
@@ -173,8 +175,12 @@ class JobRunner:
             settings_digest=self._settings.results_digest,
             supersedes=tuple(superseded_objects(session, claim.job_id)),
             profiles=self._settings.profiles_for(job.model_name, job.destinations),
-            reading=route.reading if route is not None else AS_USUAL,
+            channel_names=tuple(names[number] for number in sorted(names)),
         )
+        if route is None:
+            return order
+        rules = {"reading": route.reading, "alignment": route.alignment, "guard": route.guard}
+        return order.model_copy(update=rules)
 
     def _process_for(self, bundle: Bundle) -> InferenceProcess:
         """The process that holds this model: the one that runs, or a fresh one."""
@@ -234,6 +240,9 @@ class JobRunner:
             cancelled = cancel_superseded_deliveries(session, claim.job_id, now=now)
             detail |= {"supersedes": claim.supersedes_job_id, "deliveries_cancelled": cancelled}
         _tell(session, "job.succeeded", claim, now, detail)
+        if warnings := outcome.summary.get("warnings"):
+            _tell(session, "job.warned", claim, now, {"warnings": warnings})
+            log.warning("job.warned", job_id=claim.job_id, attempt=claim.attempt, warnings=warnings)
         log.info("job.succeeded", job_id=claim.job_id, attempt=claim.attempt)
 
     def _refuse(self, claim: _Claim, refusal: Refusal) -> None:

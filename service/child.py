@@ -108,6 +108,9 @@ def run_job(order: RunJob, bundle: Bundle, segmenter: pipeline.SegmentsVolumes, 
         supersedes=order.supersedes,
         profiles=order.profiles,
         reading=order.reading,
+        channel_names=order.channel_names,
+        alignment=order.alignment,
+        guard=order.guard,
     )
     try:
         outcome = pipeline.run(job, segmenter, bundle.manifest, bundle.digest, progress=advance)

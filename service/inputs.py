@@ -8,26 +8,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from models.errors import ReasonCode, Refusal
 from models.manifest import Manifest
 from models.nifti import read_nifti
 from models.volume import Labelmap, Volume
+from service.alignment import AlignedChannel, align, alignment_warnings
 from service.archive import dicom_files, extract, is_dicom, is_zip
-from service.dicom.identity import common_identity
+from service.channel_rules import IN_ORDER, AlignmentRules
 from service.dicom.series import GeometryPolicy, SourceSeries, read_series
-from service.limits import check_modalities
+from service.guard import guard_modalities
+from service.guard_rules import USUAL_GUARD, GuardRules
 from service.reading import AS_USUAL, ReadingRules
 from service.straightening import Straightening, background_of
-
-_SAME_GRID_MM = 1e-3
 
 
 @dataclass(frozen=True)
 class PipelineInput:
     """The volume of all channels and, for DICOM, the series of each; the first is what a result refers to.
 
+    Where there are several channels, ``channels`` tells what became of each, in the model's order.
     ``volume`` is always rectangular, as a model wants it. Where the slices of the series are not,
     ``straightening`` leads from the one grid to the other.
     """
@@ -36,6 +35,7 @@ class PipelineInput:
     sources: tuple[SourceSeries, ...] = ()
     warnings: tuple[str, ...] = ()
     straightening: Straightening | None = None
+    channels: tuple[AlignedChannel, ...] = ()
 
     def on_slices(self, labelmap: Labelmap) -> Labelmap:
         """The labels of the source's own planes, from those on the grid of ``volume``."""
@@ -53,6 +53,9 @@ def read_input(
     *,
     unpack_limit_bytes: int,
     reading: ReadingRules = AS_USUAL,
+    channel_names: Sequence[str] = (),
+    alignment: AlignmentRules = IN_ORDER,
+    guard: GuardRules = USUAL_GUARD,
     for_objects: bool = True,
 ) -> PipelineInput:
     """Read every channel of a job onto one grid.
@@ -60,14 +63,20 @@ def read_input(
     Parameters
     ----------
     channels : sequence of sequences of Path
-        The files of each channel, in the manifest's order: DICOM files, or one zip archive or folder of
-        them, or one NIfTI file. What a file is is told by its contents.
+        The files of each channel, in the manifest's order or in that of ``channel_names``: DICOM files, or
+        one zip archive or folder of them, or one NIfTI file. What a file is is told by its contents.
     scratch : Path
         A folder for what archives hold; it is left as it was.
     unpack_limit_bytes : int
         How much an archive may unpack to.
     reading : ReadingRules
         How DICOM images are read.
+    channel_names : sequence of str
+        Which channel of the model each of ``channels`` is; the manifest's order unless given.
+    alignment : AlignmentRules
+        How several DICOM channels are brought together.
+    guard : GuardRules
+        What is done about a modality that is not the model's.
     for_objects : bool
         Whether DICOM objects will be made of the result. Where not, images that name no patient or study
         are read too.
@@ -75,8 +84,10 @@ def read_input(
     Raises
     ------
     Refusal
-        If the files are not one volume of one patient for each channel, all on one grid.
+        If the files are not one volume of one patient for each channel, or cannot be brought onto one grid.
     """
+    if channel_names:
+        channels = _in_the_models_order(channels, channel_names, manifest)
     if len(channels) != len(manifest.channels):
         names = ", ".join(channel.name for channel in manifest.channels)
         raise Refusal(
@@ -107,18 +118,55 @@ def read_input(
         warnings += [*about_files, *source.warnings]
         if source.lossy:
             warnings.append("The images were compressed with loss.")
-    check_modalities(manifest, [source.modality for source in sources])
-    _check_same_patient_and_grid(sources)
-    volume = sources[0].volume
+    warnings += guard_modalities(manifest, [source.modality for source in sources], guard)
+    reference = _reference(alignment, manifest)
+    volume = sources[reference].volume
+    aligned: tuple[AlignedChannel, ...] = ()
     if len(sources) > 1:
-        stacked = np.concatenate([source.volume.array for source in sources])
-        volume = Volume(stacked, volume.affine, volume.frame_of_reference_uid)
-    if not sources[0].tilt_degrees:
-        return PipelineInput(volume, tuple(sources), tuple(warnings))
+        wanted = [channel.name for channel in manifest.channels]
+        volume, aligned = align(sources, wanted, reference, alignment)
+        warnings += alignment_warnings(aligned)
+    first = sources[reference]
+    ordered = (first, *(source for source in sources if source is not first))
+    if not first.tilt_degrees:
+        return PipelineInput(volume, ordered, tuple(warnings), channels=aligned)
     straightening = Straightening.of(volume.affine, volume.shape_zyx, limit_voxels=policy.limit_voxels)
     around = [background_of(c, s.modality) for c, s in zip(volume.array, sources, strict=True)]
-    warnings.append(_about_tilt(sources[0].tilt_degrees))
-    return PipelineInput(straightening.forth(volume, around), tuple(sources), tuple(warnings), straightening)
+    warnings.append(_about_tilt(first.tilt_degrees))
+    return PipelineInput(
+        straightening.forth(volume, around), ordered, tuple(warnings), straightening, aligned
+    )
+
+
+def _in_the_models_order(
+    channels: Sequence[Sequence[Path]], names: Sequence[str], manifest: Manifest
+) -> list[Sequence[Path]]:
+    """The files of every channel of the model, told by name. Raises Refusal (MISSING_CHANNEL)."""
+    wanted = [channel.name for channel in manifest.channels]
+    given = dict(zip(names, channels, strict=True))
+    if sorted(given) != sorted(wanted):
+        raise Refusal(
+            ReasonCode.MISSING_CHANNEL,
+            f"The route names the channels {', '.join(names)}; {manifest.name} {manifest.version} has "
+            f"{', '.join(wanted)}.",
+            remedy="Name the route's channels as the model's card does.",
+        )
+    return [given[name] for name in wanted]
+
+
+def _reference(alignment: AlignmentRules, manifest: Manifest) -> int:
+    """Which channel of the model the others are brought to. Raises Refusal (MISSING_CHANNEL)."""
+    if alignment.reference is None:
+        return 0
+    names = [channel.name for channel in manifest.channels]
+    if alignment.reference not in names:
+        raise Refusal(
+            ReasonCode.MISSING_CHANNEL,
+            f"The reference {alignment.reference} is no channel of {manifest.name}, which has "
+            f"{', '.join(names)}.",
+            remedy="Name one of the model's channels as the reference.",
+        )
+    return names.index(alignment.reference)
 
 
 def _about_tilt(angle_degrees: float) -> str:
@@ -142,31 +190,3 @@ def _unpacked(paths: Sequence[Path], into: Path, limit_bytes: int) -> Iterator[S
     into.mkdir()
     yield extract(paths[0], into, limit_bytes=limit_bytes)
     shutil.rmtree(into)
-
-
-def _check_same_patient_and_grid(sources: Sequence[SourceSeries]) -> None:
-    """Channels must be of one patient and study, and lie voxel on voxel."""
-    common_identity([source.headers[0] for source in sources])
-    first = sources[0]
-    for number, source in enumerate(sources[1:], 2):
-        if source.volume.shape_zyx != first.volume.shape_zyx:
-            sizes = (" x ".join(map(str, s.volume.shape_zyx[::-1])) for s in (source, first))
-            difference = f"{next(sizes)} voxels, not {next(sizes)}"
-        elif source.frame_of_reference_uid != first.frame_of_reference_uid:
-            difference = "another frame of reference than the first"
-        elif (apart := _furthest_apart_mm(source.volume, first.volume)) > _SAME_GRID_MM:
-            difference = f"a grid that is up to {apart:.3g} mm away from the first's"
-        else:
-            continue
-        raise Refusal(
-            ReasonCode.CHANNEL_GRIDS_DIFFER,
-            f"Channel {number} has {difference}.",
-            remedy="Send channels that were reconstructed on one grid, or resample them to one.",
-        )
-
-
-def _furthest_apart_mm(one: Volume, other: Volume) -> float:
-    """The largest distance in millimetres between equal voxel indices of two grids of one shape."""
-    size = np.array(one.shape_zyx[::-1]) - 1
-    corners = np.array([[*(size * corner), 1.0] for corner in np.ndindex(2, 2, 2)])
-    return float(np.linalg.norm((corners @ (one.affine - other.affine).T)[:, :3], axis=1).max())

@@ -24,9 +24,11 @@ from models.manifest import Manifest, Precision
 from models.nifti import write_nifti
 from models.segmenter import Progress
 from models.volume import Labelmap, Volume
+from service.channel_rules import IN_ORDER, AlignmentRules
 from service.dicom.segmentation import require_encodable
+from service.guard import guard_grid, guard_result
+from service.guard_rules import USUAL_GUARD, GuardRules
 from service.inputs import PipelineInput, read_input
-from service.limits import check_grid
 from service.overlay import draw_overlay
 from service.profiles import Profile
 from service.reading import AS_USUAL, ReadingRules
@@ -79,6 +81,12 @@ class PipelineJob:
         made, and none of what only such an object needs is asked of the images.
     reading : ReadingRules
         How DICOM images are read.
+    channel_names : tuple of str
+        Which channel of the model each of ``channels`` is; the manifest's order unless given.
+    alignment : AlignmentRules
+        How several DICOM channels are brought together.
+    guard : GuardRules
+        What is only warned of, and what is refused.
     unpack_limit_bytes : int
         How much an archive may unpack to.
     """
@@ -90,6 +98,9 @@ class PipelineJob:
     supersedes: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = (Profile(),)
     reading: ReadingRules = AS_USUAL
+    channel_names: tuple[str, ...] = ()
+    alignment: AlignmentRules = IN_ORDER
+    guard: GuardRules = USUAL_GUARD
     unpack_limit_bytes: int = 16 * 1024**3
 
 
@@ -142,20 +153,24 @@ def run(
             manifest,
             unfinished,
             reading=job.reading,
+            channel_names=job.channel_names,
+            alignment=job.alignment,
+            guard=job.guard,
             for_objects=bool(job.profiles),
             unpack_limit_bytes=job.unpack_limit_bytes,
         )
-        check_grid(manifest, given.volume)
+        doubts = guard_grid(manifest, given.volume, job.guard)
         if given.sources and job.profiles:
             require_encodable(given.sources[0])
         progress(Progress(READ, 1, 1))
         inferred = segmenter.segment(given.volume, progress=progress)
         assert inferred.array.shape == given.volume.shape_zyx
         labelmap = given.on_slices(inferred)
+        doubts += guard_result(manifest, labelmap, job.guard)
         rectangular = given.on_volume(labelmap)  # for readers that know no sheared grid
         progress(Progress(WRITE, 0, 1))
         write_nifti(rectangular, unfinished / LABELMAP)
-        summary = _summary(given, labelmap, manifest)
+        summary = _summary(given, labelmap, manifest, doubts)
         picture = draw_overlay(
             given.volume, rectangular, manifest.labels, title=f"{manifest.title} {manifest.version}"
         )
@@ -170,8 +185,8 @@ def run(
                 runtime=segmenter.runtime_name,
                 precision=segmenter.precision.value,
                 created_at=job.created_at,
-                settings_digest=job.reading.mixed_into(job.settings_digest),
-                comments=_comments(summary, job.supersedes),
+                settings_digest=job.alignment.mixed_into(job.reading.mixed_into(job.settings_digest)),
+                comments=_comments(summary, given, job.supersedes),
                 picture=np.asarray(picture),
             )
             files = _render_all(finding, job.profiles, unfinished, progress)
@@ -219,28 +234,33 @@ def _first_uid(files: list[OutputFile], kind: str) -> str | None:
     return next((file.sop_instance_uid for file in files if file.kind == kind), None)
 
 
-def _comments(summary: dict[str, Any], supersedes: tuple[str, ...]) -> tuple[str, ...]:
-    """What the reader of the report is told: what was found, what is doubtful, what it replaces."""
+def _comments(summary: dict[str, Any], given: PipelineInput, supersedes: tuple[str, ...]) -> tuple[str, ...]:
+    """What the reader of the report is told: what was found, in what, what is doubtful, what it replaces."""
     replaced = (f"This result supersedes {', '.join(supersedes)}.",) if supersedes else ()
-    return (summary["sentence"], *summary["warnings"], *replaced)
+    reference = next((each.name for each in given.channels if each.reference), "")
+    channels = (each.sentence(reference) for each in given.channels)
+    return (summary["sentence"], *channels, *summary["warnings"], *replaced)
 
 
-def _summary(given: PipelineInput, labelmap: Labelmap, manifest: Manifest) -> dict[str, Any]:
+def _summary(
+    given: PipelineInput, labelmap: Labelmap, manifest: Manifest, doubts: tuple[str, ...]
+) -> dict[str, Any]:
     """Volumes per label in mL (absent labels are 0), warnings, and one sentence for a person."""
     by_value = labelmap.volumes_ml()
     volumes = {label.name: round(by_value.get(label.value, 0.0), 4) for label in manifest.labels}
-    warnings = [*given.warnings]
-    for label in manifest.labels:
-        limits, volume = label.volume_range_ml, volumes[label.name]
-        if volume and limits is not None and not limits[0] <= volume <= limits[1]:
-            warnings.append(
-                f"{label.name} has {volume:.4g} mL; the training cases had {limits[0]:g} to {limits[1]:g} mL."
-            )
     found = sum(1 for volume in by_value.values() if volume)
     sentence = f"{found} of {len(manifest.labels)} structures were found."
     if not found:
         sentence = f"Nothing was found: none of the {len(manifest.labels)} structures is in the volume."
-    return {"volumes_ml": volumes, "found": found, "sentence": sentence, "warnings": warnings}
+    summary = {
+        "volumes_ml": volumes,
+        "found": found,
+        "sentence": sentence,
+        "warnings": [*given.warnings, *doubts],
+    }
+    if given.channels:
+        summary["channels"] = [channel.figures() for channel in given.channels]
+    return summary
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from service.channel_rules import IN_ORDER, AlignmentRules
 from service.errors import AttemptError
+from service.guard_rules import USUAL_GUARD, GuardRules
 from service.profiles import Profile
 from service.reading import AS_USUAL, ReadingRules
 
@@ -52,6 +54,9 @@ class RunJob(_Line):
     supersedes: tuple[str, ...] = ()
     profiles: tuple[Profile, ...] = (Profile(),)
     reading: ReadingRules = AS_USUAL
+    channel_names: tuple[str, ...] = ()
+    alignment: AlignmentRules = IN_ORDER
+    guard: GuardRules = USUAL_GUARD
 
 
 class Ready(_Line):

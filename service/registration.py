@@ -6,6 +6,8 @@ thread and a fixed seed: SimpleITK's ``ImageRegistrationMethod``, ITK's registra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ _SAMPLES = 60_000  # of the fixed image, at each resolution
 _ITERATIONS = 200
 _LEVELS = ((4, 4.0), (2, 2.0), (1, 0.0))  # shrink factor along each axis, smoothing in mm
 _SMALLEST_SIDE = 6  # an image of fewer slices than this after shrinking is not shrunk so far
-_FIRST_STEP, _LAST_STEP = 1.0, 1e-4
+_FIRST_STEP, _LAST_STEP, _RELAXATION = 2.0, 1e-4, 0.8  # steps are scaled by the shift they make
 _SEED = 20201
 _LITTLE = 1e-9
 
@@ -87,7 +89,6 @@ def register_rigid(fixed: Volume, moving: Volume, *, limit_mm: float, name: str)
     Refusal
         REGISTRATION_FAILED, if the motion is larger than that, or makes the images agree no better.
     """
-    images = [_as_image(volume) for volume in (fixed, moving)]
     start = SimpleITK.Euler3DTransform()
     start.SetCenter(_centre_mm(fixed).tolist())
     together = fixed.frame_of_reference_uid is not None
@@ -97,9 +98,11 @@ def register_rigid(fixed: Volume, moving: Volume, *, limit_mm: float, name: str)
     method = _method(fixed)
     method.SetInitialTransform(start, inPlace=False)
     try:
-        before = method.MetricEvaluate(*images)
-        found = SimpleITK.Euler3DTransform(method.Execute(*images).GetBackTransform())
-    except RuntimeError as error:  # ITK's: for images that do not overlap, say
+        with _one_thread():
+            images = [_as_image(volume) for volume in (fixed, moving)]
+            before = float(method.MetricEvaluate(*images))
+            found = SimpleITK.Euler3DTransform(method.Execute(*images).GetBackTransform())
+    except RuntimeError as error:  # ITK's: for images that do not overlap, or whose slices are sheared
         raise _refusal(
             f"The channel {name} cannot be registered: it shares too little with the reference."
         ) from error
@@ -124,9 +127,19 @@ def register_rigid(fixed: Volume, moving: Volume, *, limit_mm: float, name: str)
     return result
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in another order give another motion, and ITK's metrics heed the process-wide setting alone."""
+    threads = SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+
+
 def _method(fixed: Volume) -> Any:
     method = SimpleITK.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)  # sums in another order would give another motion
     method.SetMetricAsMattesMutualInformation(_BINS)
     method.SetInterpolator(SimpleITK.sitkLinear)
     levels = [level for level in _LEVELS if level[0] * _SMALLEST_SIDE <= min(fixed.shape_zyx)] or _LEVELS[-1:]
@@ -136,7 +149,7 @@ def _method(fixed: Volume) -> Any:
         shares = [min(1.0, _SAMPLES * factor**3 / voxels) for factor, _ in levels]
         method.SetMetricSamplingPercentagePerLevel(shares, _SEED)
     method.SetOptimizerAsRegularStepGradientDescent(
-        _FIRST_STEP, _LAST_STEP, _ITERATIONS, relaxationFactor=0.5, gradientMagnitudeTolerance=1e-8
+        _FIRST_STEP, _LAST_STEP, _ITERATIONS, relaxationFactor=_RELAXATION, gradientMagnitudeTolerance=1e-8
     )
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel([factor for factor, _ in levels])

@@ -256,6 +256,7 @@ def _measurements(
         finding.manifest,
         finding.making(profile, "measurements", "measurements-series"),
         segments=segments,
+        further_sources=finding.sources[1:],
         comments=finding.comments,
         parameters=(f"{finding.runtime} {finding.precision}",),
     )
@@ -266,6 +267,7 @@ def _measurements(
         finding.labelmap,
         finding.manifest,
         segmentations=segmentations,
+        further_sources=finding.sources[1:],
         comments=finding.comments,
     )
     return describe("report", path, dataset, profile=profile.key)

@@ -61,6 +61,7 @@ def build_measurements(
     making: Making,
     *,
     segments: Mapping[int, Segment],
+    further_sources: Sequence[SourceSeries] = (),
     comments: Sequence[str] = (),
     parameters: Sequence[str] = (),
 ) -> Dataset:
@@ -78,6 +79,8 @@ def build_measurements(
         UIDs, time and model digest.
     segments : mapping of int to Segment
         By label value, the segment that shows it; without those whose segmentation does not go along.
+    further_sources : sequence of SourceSeries
+        The series of the model's other channels: their images are evidence too.
     comments : sequence of str
         Sentences for the reader: warnings, and what the result supersedes.
     parameters : sequence of str
@@ -114,7 +117,7 @@ def build_measurements(
     report[0].ContentSequence.extend(_comment(sentence) for sentence in said)
     return make_document(
         source.identity,
-        [*references_of(source), *shown.values()],
+        [*(r for each in (source, *further_sources) for r in references_of(each)), *shown.values()],
         report,
         making,
         manifest,

@@ -37,6 +37,7 @@ def prove_measurements(
     manifest: Manifest,
     *,
     segmentations: Sequence[Path],
+    further_sources: Sequence[SourceSeries] = (),
     comments: Sequence[str] = (),
 ) -> None:
     """Return only if the report gives every label its volume, and names the segment that shows it.
@@ -49,6 +50,8 @@ def prove_measurements(
         What it was made from.
     segmentations : sequence of Path
         The segmentation objects that are sent with it.
+    further_sources : sequence of SourceSeries
+        The series of the model's other channels, which it must name too.
     comments : sequence of str
         Sentences that it must hold.
 
@@ -59,7 +62,8 @@ def prove_measurements(
     """
     with _decoding():
         dataset = dcmread(path)
-        _prove_document(dataset, source.identity, source.sop_instance_uids)
+        images = [uid for each in (source, *further_sources) for uid in each.sop_instance_uids]
+        _prove_document(dataset, source.identity, images)
         groups = {_text_of(group, _TRACKING): group for group in _contained(dataset, _GROUP)}
         if sorted(groups) != sorted(label.name for label in manifest.labels):
             raise failed("it does not have one measurement group for each label")

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 from bundle_factory import expected_labels, make_threshold_bundle, write_nifti_ras
-from phantom import write_classic_series
+from phantom import SERIES_INSTANCE_UID, write_classic_series
 from small_node import AFFINE, image_array
 
 from models.bundle import Bundle
@@ -25,6 +26,7 @@ from models.nifti import read_labelmap
 from models.segmenter import Progress, Segmenter
 from models.volume import Labelmap
 from service import archive, rendering
+from service.channel_rules import AlignmentRules
 from service.errors import ProofError
 from service.pipeline import PipelineJob, PipelineOutcome, overall_fraction, run
 
@@ -317,6 +319,40 @@ class TestRefusals:
         assert refusal.reason is ReasonCode.MISSING_CHANNEL
 
 
+def said_in_report(path: Path) -> tuple[list[str], dict[str, int]]:
+    """The comments of a report, and how many images of each series it names as evidence."""
+    report = pydicom.dcmread(path)
+    comments = [
+        each.TextValue
+        for each in report.ContentSequence
+        if each.ConceptNameCodeSequence[0].CodeMeaning == "Comment"
+    ]
+    evidence = {
+        series.SeriesInstanceUID: len(series.ReferencedSOPSequence)
+        for study in report.CurrentRequestedProcedureEvidenceSequence
+        for series in study.ReferencedSeriesSequence
+    }
+    return comments, evidence
+
+
+def brought_by_itk(
+    array: np.ndarray, affine: np.ndarray, shape_zyx: tuple[int, int, int], onto: np.ndarray
+) -> np.ndarray:
+    """Linear interpolation through patient coordinates by ITK."""
+
+    def image(values: np.ndarray, to_mm: np.ndarray) -> SimpleITK.Image:
+        made = SimpleITK.GetImageFromArray(values.astype(np.float32))
+        spacing = np.linalg.norm(to_mm[:3, :3], axis=0)
+        made.SetSpacing(spacing.tolist())
+        made.SetOrigin(to_mm[:3, 3].tolist())
+        made.SetDirection((to_mm[:3, :3] / spacing).ravel().tolist())
+        return made
+
+    given, grid = image(array, affine), image(np.zeros(shape_zyx), onto)
+    resampled = SimpleITK.Resample(given, grid, SimpleITK.Transform(), SimpleITK.sitkLinear, -1.0)
+    return SimpleITK.GetArrayFromImage(resampled)
+
+
 class TestSeveralChannels:
     @staticmethod
     def other(tmp_path: Path, affine: np.ndarray = AFFINE, **changes: object) -> list[Path]:
@@ -334,23 +370,81 @@ class TestSeveralChannels:
         np.testing.assert_array_equal(labelmap.array, expected_labels(images, THRESHOLDS))
         assert outcome.files[0].kind == "segmentation"
 
-    @pytest.mark.parametrize(
-        ("move", "figures"),
-        [((0.0, 0.0, 0.5), "0.5 mm"), ((0.002, 0.0, 0.0), "0.002 mm")],
-    )
-    def test_grids_that_differ(
-        self, two_channels: Model, series: list[Path], tmp_path: Path, move: tuple, figures: str
+    def test_the_report_names_every_channel(
+        self, two_channels: Model, series: list[Path], tmp_path: Path
     ) -> None:
-        affine = AFFINE.copy()
-        affine[:3, 3] += move
-        refusal = refused(two_channels, job(tmp_path, series, self.other(tmp_path, affine)))
-        assert refusal.reason is ReasonCode.CHANNEL_GRIDS_DIFFER
-        assert figures in refusal.message
+        outcome = two_channels.run(job(tmp_path, series, self.other(tmp_path)))
+        said, evidence = said_in_report(tmp_path / "out/report.dcm")
+        assert f"Channel channel 0: series {SERIES_INSTANCE_UID}, the reference." in said
+        assert "Channel channel 1: series 2.25.8, on the grid of channel 0." in said
+        assert {SERIES_INSTANCE_UID: 8, "2.25.8": 8}.items() <= evidence.items()
+        first, second = outcome.summary["channels"]
+        assert (first["reference"], first["resampled"], second["resampled"]) == (True, False, False)
 
-    def test_sizes_that_differ(self, two_channels: Model, series: list[Path], tmp_path: Path) -> None:
-        refusal = refused(two_channels, job(tmp_path, series, self.other(tmp_path)[:-1]))
+    def test_another_grid_is_brought_to_the_references(
+        self, two_channels: Model, series: list[Path], tmp_path: Path
+    ) -> None:
+        moved = AFFINE.copy()
+        moved[:3, 3] += (-3.0, 1.25, -1.0)  # two columns, one row, half a slice
+        moved[1, 1] = 2.5
+        values = np.arange(10 * 10 * 18, dtype=np.int16).reshape(10, 10, 18) % 97
+        other = write_classic_series(tmp_path / "other", values, moved, series_instance_uid="2.25.8")
+        outcome = two_channels.run(job(tmp_path, series, other))
+        expected = np.array([image_array(), brought_by_itk(values, moved, (8, 12, 14), AFFINE)])
+        labelmap = read_labelmap(tmp_path / "out/labelmap.nii.gz")
+        assert labelmap.array.shape == (8, 12, 14)
+        np.testing.assert_array_equal(labelmap.array, expected_labels(expected, THRESHOLDS))
+        said, _ = said_in_report(tmp_path / "out/report.dcm")
+        assert "Channel channel 1: series 2.25.8, interpolated linearly onto the grid of channel 0." in said
+        assert outcome.summary["channels"][1] | {"covered": 1.0} == outcome.summary["channels"][1]
+
+    def test_the_route_says_which_channel_is_the_reference_and_which_is_which(
+        self, two_channels: Model, series: list[Path], tmp_path: Path
+    ) -> None:
+        moved = AFFINE.copy()
+        moved[:3, 3] += (1.5, 0.0, 0.0)
+        other = write_classic_series(
+            tmp_path / "other", np.ones((8, 12, 13), np.int16) * 50 + np.eye(13, dtype=np.int16)[:12],
+            moved, series_instance_uid="2.25.8",
+        )  # fmt: skip
+        asked = job(
+            tmp_path, other, series,
+            channel_names=("channel 1", "channel 0"), alignment=AlignmentRules(reference="channel 1"),
+        )  # fmt: skip
+        outcome = two_channels.run(asked)
+        seg = pydicom.dcmread(tmp_path / "out/segmentation.dcm")
+        assert [each.SeriesInstanceUID for each in seg.ReferencedSeriesSequence] == ["2.25.8"]
+        assert [each["reference"] for each in outcome.summary["channels"]] == [False, True]
+        labelmap = read_labelmap(tmp_path / "out/labelmap.nii.gz")
+        images = np.stack([image_array()[..., 1:].astype(np.float32), np.full((8, 12, 13), 50, np.float32)])
+        images[1] += np.eye(13)[:12]
+        np.testing.assert_array_equal(labelmap.array, expected_labels(images, THRESHOLDS))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"channel_names": ("channel 0", "T2")},
+            {"alignment": AlignmentRules(reference="T2")},
+        ],
+    )
+    def test_channels_that_the_model_does_not_have(
+        self, two_channels: Model, series: list[Path], tmp_path: Path, change: dict
+    ) -> None:
+        refusal = refused(two_channels, job(tmp_path, series, self.other(tmp_path), **change))
+        assert refusal.reason is ReasonCode.MISSING_CHANNEL
+        assert "T2" in refusal.message
+
+    def test_a_channel_that_shows_half_is_warned_about_and_one_that_shows_less_is_refused(
+        self, two_channels: Model, series: list[Path], tmp_path: Path
+    ) -> None:
+        outcome = two_channels.run(job(tmp_path, series, self.other(tmp_path)[:-2]))
+        (warning,) = outcome.summary["warnings"]
+        assert warning.startswith("The channel channel 1 shows 75.0% of the reference's field of view")
+        fewer = self.other(tmp_path / "fewer")[:-5]
+        shutil.rmtree(tmp_path / "out")
+        refusal = refused(two_channels, job(tmp_path, series, fewer))
         assert refusal.reason is ReasonCode.CHANNEL_GRIDS_DIFFER
-        assert "14 x 12 x 7 voxels, not 14 x 12 x 8" in refusal.message
+        assert "channel 1 shows only 38%" in refusal.message
 
     def test_frames_of_reference_that_differ(
         self, two_channels: Model, series: list[Path], tmp_path: Path
@@ -358,6 +452,29 @@ class TestSeveralChannels:
         other = self.other(tmp_path, frame_of_reference_uid="2.25.77")
         refusal = refused(two_channels, job(tmp_path, series, other))
         assert refusal.reason is ReasonCode.CHANNEL_GRIDS_DIFFER
+        assert "channel 1" in refusal.message
+
+    def test_a_registration_is_recorded(
+        self, two_channels: Model, series: list[Path], tmp_path: Path
+    ) -> None:
+        other = write_classic_series(
+            tmp_path / "other", image_array(seed=3) // 8 + 1, AFFINE,
+            series_instance_uid="2.25.8", frame_of_reference_uid="2.25.77",
+        )  # fmt: skip
+        rules = AlignmentRules(registration="rigid")
+        outcome = two_channels.run(job(tmp_path, series, other, alignment=rules))
+        figures = outcome.summary["channels"][1]["registration"]
+        assert figures["method"].startswith("rigid; Mattes mutual information")
+        assert figures["moved_mm"] < 2.0  # a slice
+        said, _ = said_in_report(tmp_path / "out/report.dcm")
+        (sentence,) = [each for each in said if each.startswith("Channel channel 1")]
+        assert f"metric {figures['metric']:.4f}" in sentence
+        measurements = json.loads((tmp_path / "out/measurements.json").read_text())
+        assert measurements["channels"][1]["registration"] == figures
+        strict = AlignmentRules(registration="rigid", registration_limit_mm=1e-6)
+        shutil.rmtree(tmp_path / "out")
+        refusal = refused(two_channels, job(tmp_path, series, other, alignment=strict))
+        assert refusal.reason is ReasonCode.REGISTRATION_FAILED
 
     @pytest.mark.parametrize("change", [{"patient_id": "PHANTOM-2"}, {"study_instance_uid": "2.25.66"}])
     def test_channels_of_two_patients_or_studies(
