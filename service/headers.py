@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from models.errors import ReasonCode, Refusal
 
 _PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _INFLATE_LIMIT_BYTES = 64 * 1024**2  # a header is far smaller; a bomb is not inflated further
+_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_LOOKED_AT_FRAMES = 1000
+_IN_GROUPS = {"EchoTime": "EffectiveEchoTime", "InversionTime": "InversionTimes"}  # PS3.3 C.8.13.5
 _PREAMBLE_BYTES = 132 + 12  # preamble, prefix, and the group length element of the file meta information
 
 
@@ -33,7 +36,9 @@ def read_attributes(path: Path, keywords: Sequence[str]) -> dict[str, tuple[str,
     path : Path
         A DICOM file (PS3.10).
     keywords : sequence of str
-        DICOM keywords of the top level. Those that the file lacks have no values.
+        DICOM keywords. What an enhanced object states in its functional groups (PS3.3 C.7.6.16) has every
+        value that occurs among its frames; an agent or the like that is only coded (``...Sequence``) has
+        the meaning of its code. Those that the file lacks have no values.
 
     Raises
     ------
@@ -64,7 +69,8 @@ def read_attributes(path: Path, keywords: Sequence[str]) -> dict[str, tuple[str,
 
 
 def _read_header(path: Path, keywords: Sequence[str]) -> Dataset:
-    tags: list[Any] = [tag_for_keyword(keyword) for keyword in keywords]
+    named = [*keywords, *_GROUPS, *(f"{keyword}Sequence" for keyword in keywords)]
+    tags: list[Any] = [tag for keyword in named if (tag := tag_for_keyword(keyword)) is not None]
     meta = read_file_meta_info(path)
     if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
         return dcmread(path, stop_before_pixels=True, specific_tags=tags)
@@ -81,7 +87,25 @@ def _read_header(path: Path, keywords: Sequence[str]) -> Dataset:
 
 
 def _values(header: Dataset, keyword: str) -> tuple[str, ...]:
-    value = header.get(keyword)
+    if found := _texts(header, keyword):
+        return found
+    if coded := header.get(f"{keyword}Sequence"):
+        return tuple(text for item in coded for text in _texts(item, "CodeMeaning"))
+    name = _IN_GROUPS.get(keyword, keyword)
+    return tuple(dict.fromkeys(text for macro in _macros(header) for text in _texts(macro, name)))
+
+
+def _macros(header: Dataset) -> Iterator[Dataset]:
+    """The items of every functional group, the shared ones first."""
+    for groups in (header.get(name) or () for name in _GROUPS):
+        for group in groups[:_LOOKED_AT_FRAMES]:
+            for element in group:
+                if element.VR == "SQ":
+                    yield from element.value
+
+
+def _texts(dataset: Dataset, keyword: str) -> tuple[str, ...]:
+    value = dataset.get(keyword)
     many = value if isinstance(value, (MultiValue, list)) else [value]
     texts = (str(one).strip(" \0") for one in many if one is not None)
     return tuple(text for text in texts if text)

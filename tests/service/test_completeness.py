@@ -10,7 +10,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from phantom import write_classic_series
+from phantom import write_classic_series, write_enhanced_series
+from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, JPEG2000Lossless
 from small_node import AFFINE, SmallNode, image_array, make_node
 from sqlalchemy import select
@@ -377,6 +378,29 @@ def test_an_instance_that_arrives_under_the_sweep_keeps_the_series_open(new_node
     (job,) = node.jobs()
     with node.records.read() as session:
         assert len(session.get_one(Job, job.job_id).inputs) == 8
+
+
+def test_what_enhanced_objects_say_in_their_functional_groups_is_read(tmp_path: Path) -> None:
+    def edit(dataset: Dataset) -> None:
+        agent, echo = Dataset(), Dataset()
+        agent.CodeValue, agent.CodingSchemeDesignator, agent.CodeMeaning = "1", "99X", "Gadolinium"
+        dataset.ContrastBolusAgentSequence = [agent]
+        echo.EffectiveEchoTime = 95.0
+        dataset.SharedFunctionalGroupsSequence[0].MREchoSequence = [echo]
+        for number, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+            diffusion = Dataset()
+            diffusion.DiffusionBValue = 1000.0 * (number % 2)
+            frame.MRDiffusionSequence = [diffusion]
+
+    (path,) = write_enhanced_series(tmp_path, image_array(), AFFINE, edit=edit)
+    wanted = ["ContrastBolusAgent", "EchoTime", "DiffusionBValue", "Modality", "ScanningSequence"]
+    assert read_attributes(path, wanted) == {
+        "ContrastBolusAgent": ("Gadolinium",),
+        "EchoTime": ("95.0",),
+        "DiffusionBValue": ("0.0", "1000.0"),
+        "Modality": ("MR",),
+        "ScanningSequence": (),
+    }
 
 
 @pytest.mark.parametrize(
