@@ -8,10 +8,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from ipaddress import ip_network
 
 from models.errors import SegnodeError
 from service.logs import get_logger
 from service.node import Node, seed_models
+from service.tls import ReloadingContext
 
 Listening = Callable[[int | None], None]
 Component = Callable[[Node, threading.Event, Listening], None]
@@ -63,6 +65,9 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
     with listen("HTTP", http.host, http.port) as listener:
         app = create_app(node.settings, node.records, node.spool, node.registry)
         build_console(app, app.state.api)
+        tls = None
+        if http.tls_certificate is not None and http.tls_key is not None:
+            tls = ReloadingContext(http.tls_certificate, http.tls_key, None).following()
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -71,8 +76,8 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
                 access_log=False,
                 server_header=False,
                 proxy_headers=http.behind_tls_proxy,
-                ssl_certfile=http.tls_certificate,
-                ssl_keyfile=http.tls_key,
+                forwarded_allow_ips=[str(ip_network(each, strict=False)) for each in http.trusted_proxies],
+                ssl_context_factory=None if tls is None else lambda _config, _default: tls,
                 timeout_graceful_shutdown=_HTTP_DRAIN_S,
             )
         )

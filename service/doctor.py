@@ -10,6 +10,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from models.resources import available_memory_bytes, usable_cores
 from models.runtimes import available_runtimes, choose_runtime
 from service.records.migrate import current_revision, head_revision
 from service.settings import GIB, Destination, Route, Settings
+from service.tls import TlsError, check_key, read_certificates
 
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "glusterfs"})
 _LITTLE_MEMORY_BYTES = 4 * GIB
+_CERTIFICATE_ENDS_SOON = timedelta(days=30)
 
 
 class Health(StrEnum):
@@ -56,6 +59,7 @@ def examine(settings: Settings, registry: Registry, *, echo: Echo) -> Iterator[F
     yield check_port("HTTP port", settings.http.host, settings.http.port)
     yield check_machine()
     yield check_runtime(settings)
+    yield from check_certificates(settings)
     yield from check_models(registry)
     yield from check_configuration(settings, registry)
     for destination in settings.destinations:
@@ -214,6 +218,49 @@ def check_runtime(settings: Settings) -> Finding:
     except SegnodeError as error:
         return _problem("runtime", error.message, error.remedy)
     return _ok("runtime", f"{chosen} (installed: {', '.join(available_runtimes())})")
+
+
+def check_certificates(settings: Settings, now: datetime | None = None) -> Iterator[Finding]:
+    """Whether each certificate that is configured can be used, belongs to its key, and lasts a while."""
+    now = now or datetime.now(UTC).replace(tzinfo=None)
+    http, dicom = settings.http, settings.dicom.tls
+    pairs: list[tuple[str, Path | None, Path | None]] = [("HTTPS", http.tls_certificate, http.tls_key)]
+    authorities: list[tuple[str, Path | None]] = []
+    if dicom is not None:
+        pairs.append(("DICOM TLS", dicom.certificate, dicom.key))
+        authorities.append(("DICOM TLS, trusted", dicom.clients_signed_by))
+    for destination in settings.destinations:
+        if destination.tls is not None:
+            what = f"TLS to {destination.name}"
+            pairs.append((what, destination.tls.certificate, destination.tls.key))
+            authorities.append((f"{what}, trusted", destination.tls.trusted))
+    for what, certificate, key in pairs:
+        if certificate is not None and key is not None:
+            yield _check_certificate(what, certificate, key, now)
+    for what, certificate in authorities:
+        if certificate is not None:
+            yield _check_certificate(what, certificate, None, now)
+
+
+def _check_certificate(what: str, path: Path, key: Path | None, now: datetime) -> Finding:
+    try:
+        certificates = read_certificates(path)
+        if key is not None:
+            check_key(path, key)
+    except TlsError as error:
+        return _problem(what, error.message, error.remedy or "Give other files.")
+    # Of the node's own file every one must be good; an authority that is over may stand beside its heir.
+    strictest, latest = (max, min) if key is not None else (min, max)
+    begins_at = strictest(each.begins_at for each in certificates)
+    ends_at = latest(each.ends_at for each in certificates)
+    renew = "Renew it: put the new files in the place of the old; the node takes them without a restart."
+    if ends_at <= now:
+        return _problem(what, f"{path} has expired, on {ends_at:%Y-%m-%d %H:%M} UTC.", renew)
+    if begins_at > now:
+        return _problem(what, f"{path} is good from {begins_at:%Y-%m-%d %H:%M} UTC on, and not yet.", renew)
+    if ends_at - now < _CERTIFICATE_ENDS_SOON:
+        return _warning(what, f"{path} expires in {(ends_at - now).days} days, on {ends_at:%Y-%m-%d}.", renew)
+    return _ok(what, f"{certificates[0].subject}, until {ends_at:%Y-%m-%d}")
 
 
 def check_models(registry: Registry) -> Iterator[Finding]:

@@ -76,11 +76,17 @@ class _Section(BaseModel):
 
 
 class Peer(_Section):
-    """A calling AE title that may open associations, and the addresses it may come from."""
+    """A calling AE title that may open associations, the addresses it may come from, its certificates.
+
+    Each of ``certificates`` is a name in the peer's certificate (common name or DNS name), or ``sha256:`` and
+    the digest of the certificate in 64 hexadecimal digits. Without any, each certificate of a trusted
+    authority will do.
+    """
 
     ae_title: AETitle
     addresses: tuple[Network, ...] = Field(default=("127.0.0.0/8", "::1/128"), min_length=1)
 
+    certificates: tuple[str, ...] = ()
 
 class DicomSettings(_Section):
     """The DICOM listener."""
@@ -95,6 +101,17 @@ class DicomSettings(_Section):
     dimse_timeout_s: float = Field(default=60.0, gt=0)
     maximum_object_bytes: int = Field(default=4 * GIB, ge=MIB)
 
+    tls: ServerTls | None = None  # with it, plain text is not answered
+
+    @model_validator(mode="after")
+    def _certificates_are_asked_for(self) -> Self:
+        asked = self.tls is not None and self.tls.client_certificates == "required"
+        named = [peer.ae_title for peer in self.peers if peer.certificates]
+        if named and not asked:
+            raise ValueError(
+                f"the peer {named[0]} has certificates, which only tls with client certificates looks at"
+            )
+        return self
 
 class HttpSettings(_Section):
     """The HTTP listener. Anything but loopback needs TLS, here or at a reverse proxy in front."""
@@ -105,6 +122,7 @@ class HttpSettings(_Section):
     tls_key: Path | None = None
     behind_tls_proxy: bool = False
     maximum_upload_bytes: int = Field(default=2 * GIB, ge=1)
+    trusted_proxies: tuple[Network, ...] = ("127.0.0.1/32", "::1/128")  # they say where a request came from
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -165,6 +183,7 @@ class Destination(_Section):
     timeout_s: float = Field(default=30.0, gt=0)
     profile: Profile = Profile()
     storage_commitment: bool = False
+    tls: ClientTls | None = None
 
 
 class Condition(_Section):

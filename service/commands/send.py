@@ -30,9 +30,26 @@ def send(
     ],
     peer: Annotated[str, typer.Argument(help="Where to: SEGNODE@127.0.0.1:11112.", metavar="AET@HOST:PORT")],
     calling_ae_title: Annotated[str, typer.Option(help="The AE title to call from.")] = "SEGNODE-SEND",
+    tls_trusted: Annotated[
+        Path | None,
+        typer.Option(help="Send over TLS; a PEM file of the authorities of the peer's certificate."),
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="The certificate to show the peer, in PEM; with --tls-key.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key, in PEM.")] = None,
 ) -> None:
     """Send DICOM files with C-STORE, as they lie on the disk. Exit status 1 unless every one was taken."""
     destination = _parse(peer)
+    if tls_trusted is not None:
+        from service.security_rules import ClientTls
+
+        if (tls_certificate is None) != (tls_key is None):
+            raise typer.BadParameter("--tls-certificate and --tls-key belong together")
+        tls = ClientTls(trusted=tls_trusted, certificate=tls_certificate, key=tls_key)
+        destination = destination.model_copy(update={"tls": tls})
+    elif tls_certificate is not None or tls_key is not None:
+        raise typer.BadParameter("TLS takes --tls-trusted: whose certificates the peer may show")
     paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]
 
     from service.archive import is_dicom

@@ -27,6 +27,7 @@ from pynetdicom.pdu_primitives import P_DATA
 
 from models.errors import SegnodeError
 from service.dicom.received_header import is_uid
+from service.dicom.secure_connection import SecureAssociationSocket
 from service.errors import StorageFullError
 from service.logs import get_logger
 from service.spool import Spool
@@ -278,7 +279,8 @@ def arm_connection(association_socket: Any, timeout_s: float) -> None:
     connection: socket.socket = association_socket.socket
     connection.settimeout(timeout_s)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    association_socket.recv = partial(_receive, connection)
+    source = association_socket if isinstance(association_socket, SecureAssociationSocket) else connection
+    association_socket.recv = partial(_receive, connection, source)
 
 
 def close_connection(event: Any) -> None:
@@ -291,14 +293,16 @@ def close_connection(event: Any) -> None:
         connection.close()
 
 
-def _receive(connection: socket.socket, count: int) -> bytearray:
+def _receive(
+    connection: socket.socket, source: socket.socket | SecureAssociationSocket, count: int
+) -> bytearray:
     """Up to ``count`` bytes, fewer only at the end of the stream; an OSError closes the connection."""
     if count > _MAXIMUM_PDU_READ_BYTES:
         raise ConnectionAbortedError(f"the peer announced a PDU of {count} bytes")
     data = bytearray(count)
     done = 0
     with memoryview(data) as view:
-        while done < count and (read := connection.recv_into(view[done:])):
+        while done < count and (read := source.recv_into(view[done:])):
             done += read
     if _QUICK_ACKNOWLEDGEMENT is not None:  # Linux forgets it, so it is set every time
         connection.setsockopt(socket.IPPROTO_TCP, _QUICK_ACKNOWLEDGEMENT, 1)

@@ -6,6 +6,8 @@ then is the response sent. Whatever goes wrong before that gets a failure status
 
 from __future__ import annotations
 
+import threading
+from ssl import SSLSocket
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -14,7 +16,15 @@ from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from service.dicom.admission import CALLING_AE_TITLE_UNKNOWN, NOT_NOW, STORAGE_FULL, Admission, Rejection
+from service.dicom.admission import (
+    ADDRESS_UNKNOWN,
+    CALLING_AE_TITLE_UNKNOWN,
+    CERTIFICATE_UNKNOWN,
+    NOT_NOW,
+    STORAGE_FULL,
+    Admission,
+    Rejection,
+)
 from service.dicom.contexts import (
     STORAGE_SERVICE_CLASS,
     acceptable_contexts,
@@ -33,6 +43,7 @@ from service.dicom.incoming import (
     close_connection,
 )
 from service.dicom.received_header import ReceivedHeader, is_uid, read_received_header
+from service.dicom.secure_connection import secure, shut_out
 from service.dicom.throttle import Throttle
 from service.logs import get_logger
 from service.records.database import Records, utc_now
@@ -41,9 +52,12 @@ from service.records.instances import Arrival, ReceivedInstance, Recorded, recor
 from service.records.tables import Delivery, DeliveryState, Instance, new_identifier
 from service.settings import Settings
 from service.spool import Spool
+from service.tls import PeerCertificate, ReloadingContext
 
 _STOP_TIMEOUT_S = 30.0
 _RECORD_TRIES = 3
+_HANDSHAKE_TIMEOUT_S = 10.0
+_UNKNOWN_PEER = (CALLING_AE_TITLE_UNKNOWN, ADDRESS_UNKNOWN, CERTIFICATE_UNKNOWN)
 _ERROR_COMMENT_CHARACTERS = 64  # VR LO
 
 _log = get_logger(__name__)
@@ -68,6 +82,8 @@ class Receiver:
         self._spool = spool
         self._admission = Admission(settings.dicom, spool)
         self._throttle = Throttle()
+        # Connections that have not shaken hands yet are no associations, and need a bound of their own.
+        self._handshakes = threading.BoundedSemaphore(settings.dicom.maximum_associations)
         self._server: Any = None
 
     @property
@@ -90,9 +106,11 @@ class Receiver:
         entity.dimse_timeout = self._settings.dimse_timeout_s
         # If admission ever failed, an association could do no more than C-ECHO.
         entity.supported_contexts = [verification_context()]
+        tls = self._settings.tls
         self._server = entity.start_server(
             (self._settings.host, self._settings.port),
             block=False,
+            ssl_context=ReloadingContext(tls.certificate, tls.key, tls.clients_signed_by) if tls else None,
             evt_handlers=[
                 (evt.EVT_CONN_OPEN, self._on_connection),
                 (evt.EVT_REQUESTED, self._on_request),
@@ -123,20 +141,52 @@ class Receiver:
     def _on_connection(self, event: Any) -> None:
         """Arm a new connection before its threads start: time-outs, bounds, and files of the spool."""
         association = event.assoc
+        if self._settings.tls is not None:
+            self._secure(association)
         arm_connection(association.dul.socket, self._settings.network_timeout_s)
         association.dimse = ReceivingDimse(
             association, self._spool, limit_bytes=self._settings.maximum_object_bytes
         )
 
+    def _secure(self, association: Any) -> None:
+        """Shake hands; a peer that cannot is shut out before it can ask for an association."""
+        if self._handshakes.acquire(blocking=False):
+            try:
+                failure = secure(association, min(_HANDSHAKE_TIMEOUT_S, self._settings.network_timeout_s))
+            finally:
+                self._handshakes.release()
+        else:
+            failure = shut_out(association, "too many handshakes at once")
+        if failure is None:
+            return
+        address = association.requestor.address
+        _log.warning("receive.tls_failed", reason=failure, peer_address=address)
+        if not self._throttle.passes((failure, address)):
+            return
+        try:
+            with self._records.write() as session:
+                record_event(
+                    session,
+                    "association_rejected",
+                    actor="",  # nobody has said a name yet
+                    at=utc_now(),
+                    alert=True,
+                    detail={"reason": "tls-failed", "tls": failure, "peer_address": address},
+                )
+        except SQLAlchemyError as error:
+            _log.error("receive.rejection_not_recorded", error_type=type(error).__name__)
+
     def _on_request(self, event: Any) -> None:
         """Let the peer in or turn it away, before pynetdicom negotiates."""
         association = event.assoc
         request = association.requestor.primitive
+        connection = association.dul.socket.socket
         try:
             rejection = self._admission.judge(
                 calling_ae_title=request.calling_ae_title,
                 called_ae_title=request.called_ae_title,
                 address=association.requestor.address,
+                certificate=PeerCertificate.of(connection) if isinstance(connection, SSLSocket) else None,
             )
             if rejection is None:
                 proposed = request.presentation_context_definition_list
@@ -164,7 +214,7 @@ class Receiver:
                 "association_rejected",
                 actor=calling_ae_title.strip(),
                 at=utc_now(),
-                alert=rejection is CALLING_AE_TITLE_UNKNOWN,
+                alert=rejection in _UNKNOWN_PEER,
                 detail={"reason": rejection.word, "peer_address": address},
             )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from ssl import SSLSocket
 from typing import Any
 
 from pydicom import dcmread
@@ -27,7 +28,9 @@ from service.dicom.incoming import (
     arm_connection,
     close_connection,
 )
+from service.dicom.secure_connection import SecureAssociationSocket, secure
 from service.settings import Destination
+from service.tls import DeferredContext, TlsError, client_context
 
 # A file in one of these can be rewritten in another without touching a sample.
 _CONVERTIBLE = (EXPLICIT_VR_LITTLE_ENDIAN, IMPLICIT_VR_LITTLE_ENDIAN, DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN)
@@ -173,7 +176,14 @@ class _Association:
         self.failure: SendOutcome | None = None
         self._timeout_s = destination.timeout_s
         self._silent = False
+        self._tls_failure: str | None = None
         self._association: Any = None
+        tls = destination.tls
+        try:
+            context = None if tls is None else client_context(tls.trusted, tls.certificate, tls.key)
+        except TlsError as error:
+            self.failure = SendOutcome(OutcomeKind.RETRY, error=error.message)
+            return
         _config.LOG_HANDLER_LEVEL = "none"  # pynetdicom's own handlers log what is sent
         _config.STORE_SEND_CHUNKED_DATASET = True  # a path is sent byte by byte, not decoded and encoded
         entity = AE(ae_title=destination.calling_ae_title or calling_ae_title)
@@ -191,6 +201,9 @@ class _Association:
                 contexts=contexts,
                 ae_title=destination.ae_title,
                 max_pdu=MAXIMUM_PDU_BYTES,
+                tls_args=(DeferredContext(context), tls.server_name or destination.host)
+                if tls is not None and context is not None
+                else None,
                 evt_handlers=[
                     (evt.EVT_CONN_OPEN, self._on_connection),
                     (evt.EVT_CONN_CLOSE, close_connection),
@@ -206,7 +219,7 @@ class _Association:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._silent:
+        if self._silent and self._association is not None:
             self._association.abort()
         elif self.alive:
             self._association.release()
@@ -218,10 +231,16 @@ class _Association:
         return established and not self._silent
 
     def _on_connection(self, event: Any) -> None:
+        if isinstance(event.assoc.dul.socket.socket, SSLSocket):
+            self._tls_failure = secure(event.assoc, self._timeout_s)
         arm_connection(event.assoc.dul.socket, self._timeout_s)
 
     def _why_not(self, where: str) -> SendOutcome:
         answer = self._association.acceptor.primitive
+        if self._tls_failure is None and isinstance(self._association.dul.socket, SecureAssociationSocket):
+            self._tls_failure = self._association.dul.socket.failure  # a server's verdict on our certificate
+        if answer is None and self._tls_failure is not None:
+            return SendOutcome(OutcomeKind.RETRY, error=f"{where}: TLS failed: {self._tls_failure}.")
         if answer is None:
             return SendOutcome(OutcomeKind.RETRY, error=f"{where}: no connection, or no answer.")
         if answer.result == 0x00:

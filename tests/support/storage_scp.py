@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ class StorageScp:
         Given the number of the C-STORE (from 0), says whether to abort the association instead of answering.
     require_called_ae_title : bool
         Whether another called AE title than ``ae_title`` is rejected.
+    ssl_context : ssl.SSLContext, optional
+        What connections are secured with; plain text unless given.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class StorageScp:
         ae_title: str = "PACS",
         require_called_ae_title: bool = False,
         port: int = 0,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self.objects: list[StoredObject] = []
         self.attempts = 0
@@ -68,6 +72,7 @@ class StorageScp:
         self._abort_on = abort_on
         self._lock = threading.Lock()
         self._port = port
+        self._ssl_context = ssl_context
         self._entity = AE(ae_title=ae_title)
         self._entity.require_called_aet = require_called_ae_title
         if sop_class_uids is None:
@@ -81,6 +86,7 @@ class StorageScp:
         self._server = self._entity.start_server(
             ("127.0.0.1", self._port),
             block=False,
+            ssl_context=self._ssl_context,
             evt_handlers=[
                 (evt.EVT_C_STORE, self._on_store),
                 (evt.EVT_ACCEPTED, self._on_accepted),
