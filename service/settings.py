@@ -32,6 +32,7 @@ from service.governance_rules import CommitmentRules, GateRules, ProbationRules,
 from service.guard_rules import USUAL_GUARD, GuardRules
 from service.profiles import Profile
 from service.reading import ReadingRules, VolumeRule
+from service.security_rules import ClientTls, ServerTls
 
 GIB = 1024**3
 MIB = 1024**2
