@@ -31,7 +31,7 @@ from service.records.events import record_event
 from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
 from service.records.refusals import cancel_refusal_deliveries
 from service.records.supersession import cancel_superseded_deliveries, superseded_objects
-from service.records.tables import Job, JobState, ResultKind
+from service.records.tables import Job, JobOrigin, JobState, ResultKind
 from service.records.work import NewResult, Outcome
 from service.settings import Settings
 from service.spool import Spool
@@ -159,7 +159,11 @@ class JobRunner:
 
     def _order(self, session: Session, claim: _Claim) -> RunJob:
         job = session.get_one(Job, claim.job_id)
-        route = self._settings.route(job.route_name or "")
+        told_apart_by = None
+        if job.origin is JobOrigin.UPLOAD:  # of several channels: as the first route to the model has them
+            told_apart_by = route = self._settings.route_with_channels(job.model_name)
+        else:
+            route = self._settings.route(job.route_name or "")
         channels: list[list[Path]] = [[] for _ in range(max((i.channel for i in job.inputs), default=0) + 1)]
         names: dict[int, str] = {}
         for each in job.inputs:
@@ -176,6 +180,7 @@ class JobRunner:
             supersedes=tuple(superseded_objects(session, claim.job_id)),
             profiles=self._settings.profiles_for(job.model_name, job.destinations),
             channel_names=tuple(names[number] for number in sorted(names)),
+            told_apart_by=told_apart_by,
         )
         if route is None:
             return order

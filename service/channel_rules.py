@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.reading import VolumeRule
+
 
 class AlignmentRules(BaseModel):
     """How the channels of a route's model are brought together.
@@ -24,6 +26,8 @@ class AlignmentRules(BaseModel):
         one frame of reference.
     registration_limit_mm : float
         How far a registration may move a corner of the reference; one that moves it further is refused.
+    volumes : mapping of str to VolumeRule
+        For a channel whose series holds several volumes, which of them is taken.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +35,7 @@ class AlignmentRules(BaseModel):
     reference: str | None = None
     registration: Literal["none", "rigid"] = "none"
     registration_limit_mm: float = Field(default=30.0, gt=0)
+    volumes: dict[str, VolumeRule] = {}
 
     def mixed_into(self, settings_digest: str) -> str:
         """The digest of all settings that can change a result: these and the others; the others' alone

@@ -109,6 +109,7 @@ def run_job(order: RunJob, bundle: Bundle, segmenter: pipeline.SegmentsVolumes, 
         profiles=order.profiles,
         reading=order.reading,
         channel_names=order.channel_names,
+        told_apart_by=order.told_apart_by,
         alignment=order.alignment,
         guard=order.guard,
     )

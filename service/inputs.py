@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from service.dicom.series import GeometryPolicy, SourceSeries, read_series
 from service.guard import guard_modalities
 from service.guard_rules import USUAL_GUARD, GuardRules
 from service.reading import AS_USUAL, ReadingRules
+from service.settings import Route
 from service.straightening import Straightening, background_of
+from service.study_channels import channels_of_study
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def read_input(
     unpack_limit_bytes: int,
     reading: ReadingRules = AS_USUAL,
     channel_names: Sequence[str] = (),
+    told_apart_by: Route | None = None,
     alignment: AlignmentRules = IN_ORDER,
     guard: GuardRules = USUAL_GUARD,
     for_objects: bool = True,
@@ -73,6 +76,9 @@ def read_input(
         How DICOM images are read.
     channel_names : sequence of str
         Which channel of the model each of ``channels`` is; the manifest's order unless given.
+    told_apart_by : Route, optional
+        Where one input holds a whole study for a model of several channels: the route whose rules tell its
+        series apart.
     alignment : AlignmentRules
         How several DICOM channels are brought together.
     guard : GuardRules
@@ -86,38 +92,37 @@ def read_input(
     Refusal
         If the files are not one volume of one patient for each channel, or cannot be brought onto one grid.
     """
-    if channel_names:
-        channels = _in_the_models_order(channels, channel_names, manifest)
-    if len(channels) != len(manifest.channels):
-        names = ", ".join(channel.name for channel in manifest.channels)
-        raise Refusal(
-            ReasonCode.MISSING_CHANNEL,
-            f"{manifest.name} needs {len(manifest.channels)} channel(s) ({names}); {len(channels)} came.",
-            remedy="Give one file or series for each channel, in this order.",
+    with ExitStack() as stack:
+        if told_apart_by is not None and len(channels) == 1 < len(manifest.channels):
+            files = stack.enter_context(_unpacked(channels[0], scratch / "study", unpack_limit_bytes))
+            channels, channel_names = channels_of_study(files, told_apart_by)
+        if channel_names:
+            channels = _in_the_models_order(channels, channel_names, manifest)
+        _check_number(channels, manifest)
+        nifti = [len(paths) == 1 and _looks_like_nifti(paths[0]) for paths in channels]
+        if all(nifti):
+            return PipelineInput(read_nifti([paths[0] for paths in channels]))
+        if any(nifti):
+            raise Refusal(
+                ReasonCode.CHANNEL_GRIDS_DIFFER,
+                f"{sum(nifti)} of {len(nifti)} channels are not DICOM, and the others are.",
+                remedy="Give all channels in the same format.",
+            )
+        policy = GeometryPolicy(
+            gantry_tilt="refuse" if reading.gantry_tilt == "refuse" else "accept",
+            missing_identity="refuse" if for_objects else "accept",
         )
-    nifti = [len(paths) == 1 and _looks_like_nifti(paths[0]) for paths in channels]
-    if all(nifti):
-        return PipelineInput(read_nifti([paths[0] for paths in channels]))
-    if any(nifti):
-        raise Refusal(
-            ReasonCode.CHANNEL_GRIDS_DIFFER,
-            f"{sum(nifti)} of {len(nifti)} channels are not DICOM, and the others are.",
-            remedy="Give all channels in the same format.",
-        )
-    policy = GeometryPolicy(
-        gantry_tilt="refuse" if reading.gantry_tilt == "refuse" else "accept",
-        missing_identity="refuse" if for_objects else "accept",
-    )
-    sources: list[SourceSeries] = []
-    warnings: list[str] = []
-    for number, paths in enumerate(channels):
-        with _unpacked(paths, scratch / f"channel{number}", unpack_limit_bytes) as given:
-            files, about_files = dicom_files(given)
-            source = read_series(files, policy=policy, volume=reading.volume)
-        sources.append(source)
-        warnings += [*about_files, *source.warnings]
-        if source.lossy:
-            warnings.append("The images were compressed with loss.")
+        sources: list[SourceSeries] = []
+        warnings: list[str] = []
+        for number, (channel, paths) in enumerate(zip(manifest.channels, channels, strict=True)):
+            with _unpacked(paths, scratch / f"channel{number}", unpack_limit_bytes) as given:
+                files, about_files = dicom_files(given)
+                rule = alignment.volumes.get(channel.name, reading.volume)
+                source = read_series(files, policy=policy, volume=rule)
+            sources.append(source)
+            warnings += [*about_files, *source.warnings]
+            if source.lossy:
+                warnings.append("The images were compressed with loss.")
     warnings += guard_modalities(manifest, [source.modality for source in sources], guard)
     reference = _reference(alignment, manifest)
     volume = sources[reference].volume
@@ -136,6 +141,16 @@ def read_input(
     return PipelineInput(
         straightening.forth(volume, around), ordered, tuple(warnings), straightening, aligned
     )
+
+
+def _check_number(channels: Sequence[Sequence[Path]], manifest: Manifest) -> None:
+    if len(channels) != len(manifest.channels):
+        names = ", ".join(channel.name for channel in manifest.channels)
+        raise Refusal(
+            ReasonCode.MISSING_CHANNEL,
+            f"{manifest.name} needs {len(manifest.channels)} channel(s) ({names}); {len(channels)} came.",
+            remedy="Give one file or series for each channel, in this order.",
+        )
 
 
 def _in_the_models_order(

@@ -33,6 +33,7 @@ from service.overlay import draw_overlay
 from service.profiles import Profile
 from service.reading import AS_USUAL, ReadingRules
 from service.rendering import Finding, OutputFile, describe, most_objects, render
+from service.settings import Route
 from service.spool import fsync_directory, fsync_file
 
 LABELMAP, MEASUREMENTS, PREVIEW = "labelmap.nii.gz", "measurements.json", "preview.png"
@@ -83,6 +84,9 @@ class PipelineJob:
         How DICOM images are read.
     channel_names : tuple of str
         Which channel of the model each of ``channels`` is; the manifest's order unless given.
+    told_apart_by : Route, optional
+        Where one input holds a whole study for a model of several channels: the route whose rules tell its
+        series apart.
     alignment : AlignmentRules
         How several DICOM channels are brought together.
     guard : GuardRules
@@ -99,6 +103,7 @@ class PipelineJob:
     profiles: tuple[Profile, ...] = (Profile(),)
     reading: ReadingRules = AS_USUAL
     channel_names: tuple[str, ...] = ()
+    told_apart_by: Route | None = None
     alignment: AlignmentRules = IN_ORDER
     guard: GuardRules = USUAL_GUARD
     unpack_limit_bytes: int = 16 * 1024**3
@@ -154,6 +159,7 @@ def run(
             unfinished,
             reading=job.reading,
             channel_names=job.channel_names,
+            told_apart_by=job.told_apart_by,
             alignment=job.alignment,
             guard=job.guard,
             for_objects=bool(job.profiles),

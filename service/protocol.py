@@ -18,6 +18,7 @@ from service.errors import AttemptError
 from service.guard_rules import USUAL_GUARD, GuardRules
 from service.profiles import Profile
 from service.reading import AS_USUAL, ReadingRules
+from service.settings import Route
 
 MAXIMUM_LINE_BYTES = 16 * 1024**2  # the paths of 50,000 files fit
 
@@ -55,6 +56,7 @@ class RunJob(_Line):
     profiles: tuple[Profile, ...] = (Profile(),)
     reading: ReadingRules = AS_USUAL
     channel_names: tuple[str, ...] = ()
+    told_apart_by: Route | None = None
     alignment: AlignmentRules = IN_ORDER
     guard: GuardRules = USUAL_GUARD
 

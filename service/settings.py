@@ -220,9 +220,9 @@ class Route(_Section):
     For a model of several channels ``channels`` gives each channel of the model, by its name there, the
     conditions by which its series is told from the others that match; the study is complete when all of
     them are there. A channel that no series matches, or more than one, is refused by name; with ``several:
-    best`` the best one is taken. ``reference``, ``registration`` and ``registration_limit_mm`` are those of
-    :class:`service.channel_rules.AlignmentRules`. ``guard`` says what is only warned of, and what is
-    refused: :class:`service.guard_rules.GuardRules`.
+    best`` the best one is taken. ``reference``, ``registration``, ``registration_limit_mm`` and ``volumes``
+    (like ``volume``, for one channel) are those of :class:`service.channel_rules.AlignmentRules`. ``guard``
+    says what is only warned of, and what is refused: :class:`service.guard_rules.GuardRules`.
     """
 
     name: Identifier
@@ -239,6 +239,7 @@ class Route(_Section):
     reference: ChannelName | None = None
     registration: Literal["none", "rigid"] = "none"
     registration_limit_mm: float = Field(default=30.0, gt=0)
+    volumes: dict[ChannelName, VolumeRule] = {}
     guard: GuardRules = USUAL_GUARD
     destinations: tuple[Identifier, ...] = ()
     priority: int = Field(default=0, ge=-100, le=100)
@@ -279,8 +280,8 @@ class Route(_Section):
     @model_validator(mode="after")
     def _channels_can_be_told_apart(self) -> Self:
         if not self.channels:
-            if self.reference is not None or self.registration != "none":
-                raise ValueError("reference and registration belong to a route with channels")
+            if self.reference is not None or self.registration != "none" or self.volumes:
+                raise ValueError("reference, registration and volumes belong to a route with channels")
             return self
         if len(self.channels) == 1:
             raise ValueError("a model of one channel takes its series by match alone")
@@ -290,6 +291,8 @@ class Route(_Section):
                 raise ValueError(f"{', '.join(twice)} is in match and in the channel {name}: name it in one")
         if self.reference is not None and self.reference not in self.channels:
             raise ValueError(f"the reference {self.reference} is none of the channels")
+        if unknown := sorted(set(self.volumes) - set(self.channels)):
+            raise ValueError(f"volumes names {', '.join(unknown)}, which is none of the channels")
         return self
 
     @property
@@ -309,6 +312,7 @@ class Route(_Section):
             reference=self.reference,
             registration=self.registration,
             registration_limit_mm=self.registration_limit_mm,
+            volumes=self.volumes,
         )
 
     @property
@@ -436,6 +440,10 @@ class Settings(BaseSettings):
     def profile_keys(self) -> dict[str, str]:
         """The key of every destination's profile, by the destination's name."""
         return {d.name: d.profile.key for d in self.destinations}
+
+    def route_with_channels(self, model_name: str) -> Route | None:
+        """The route whose rules tell the channels of a model apart where nobody else does: the first such."""
+        return next((r for r in self.routes if r.model == model_name and r.channels), None)
 
     def profiles_for(self, model_name: str, destinations: Iterable[str]) -> tuple[Profile, ...]:
         """Every distinct profile that the results of a job may have to be rendered in, the most wanted first.

@@ -43,8 +43,12 @@ class _Kind(StrEnum):
     ARCHIVE = ".zip"
 
 
-def take_inputs(paths: Sequence[Path], manifest: Manifest) -> tuple[list[Path], str | None]:
+def take_inputs(
+    paths: Sequence[Path], manifest: Manifest, *, whole_study: bool = False
+) -> tuple[list[Path], str | None]:
     """Judge one uploaded file per channel, and rename each to ``<channel>`` with the suffix of what it is.
+
+    With ``whole_study`` one archive may stand for all channels: the job tells them apart.
 
     Returns
     -------
@@ -60,7 +64,8 @@ def take_inputs(paths: Sequence[Path], manifest: Manifest) -> tuple[list[Path], 
         a mixture of kinds; UNREADABLE, NOT_A_VOLUME, TOO_LARGE for what the files are.
     """
     channels = [channel.name for channel in manifest.channels]
-    if len(paths) != len(channels):
+    one_for_all = whole_study and len(paths) == 1 and _kind_of(paths[0], "The file") is _Kind.ARCHIVE
+    if len(paths) != len(channels) and not one_for_all:
         raise Refusal(
             ReasonCode.MISSING_CHANNEL,
             f"{len(paths)} file(s) were sent, but the model {manifest.name} takes {len(channels)}: "

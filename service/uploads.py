@@ -202,6 +202,7 @@ def submit(
     bundle: Bundle,
     *,
     requested_version: str | None,
+    whole_study: bool = False,
     key_id: str,
     actor: str,
     now: datetime,
@@ -210,6 +211,11 @@ def submit(
 
     The same files, sent again with the same key for the same model and version, give the job that is there
     already; where it had failed it is queued again. Voxels are judged later, by the job.
+
+    Parameters
+    ----------
+    whole_study : bool
+        Whether one archive of a study may stand for all channels of the model.
 
     Returns
     -------
@@ -221,7 +227,9 @@ def submit(
     Refusal
         If the files are not what the model takes.
     """
-    paths, study_instance_uid = take_inputs([file.path for file in upload.files], bundle.manifest)
+    paths, study_instance_uid = take_inputs(
+        [file.path for file in upload.files], bundle.manifest, whole_study=whole_study
+    )
     for path in paths:
         fsync_file(path)
     fsync_directory(upload.folder)

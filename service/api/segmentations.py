@@ -38,7 +38,8 @@ _FORM: dict[str, Any] = {
                             "minItems": 1,
                             "items": {"type": "string", "format": "binary"},
                             "description": "One file per channel, in the order of the model's channels: "
-                            ".nii, .nii.gz, or a .zip of one DICOM series.",
+                            ".nii, .nii.gz, or a .zip of one DICOM series. Where a route of the node tells "
+                            "the channels of the model apart, one .zip of the whole study will do.",
                         },
                         "model": {"type": "string", "examples": ["hippocampus"]},
                         "version": {
@@ -128,6 +129,7 @@ def _submit(state: ApiState, caller: Caller, upload: Upload, fields: Mapping[str
         state.spool,
         find_bundle(state.registry, name, version),
         requested_version=version,
+        whole_study=state.settings.route_with_channels(name) is not None,
         key_id=caller.key_id,
         actor=caller.name,
         now=state.clock(),

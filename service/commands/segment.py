@@ -18,8 +18,10 @@ from service.commands.settings import Config, cache_dir, load, models_of_node_or
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
+    from service.channel_rules import AlignmentRules
     from service.pipeline import PipelineOutcome
     from service.reading import ReadingRules
+    from service.settings import Route
 
 _KINDS = {".nii.gz": "labelmap", ".dcm": "segmentation"}
 
@@ -29,6 +31,13 @@ class GantryTilt(StrEnum):
 
     REFUSE = "refuse"
     RESAMPLE = "resample"
+
+
+class Registration(StrEnum):
+    """The choices of ``--registration``."""
+
+    NONE = "none"
+    RIGID = "rigid"
 
 
 class NothingFoundError(SegnodeError):
@@ -41,7 +50,8 @@ def segment(
     inputs: Annotated[
         list[Path],
         typer.Argument(
-            help="One input per channel: a NIfTI file, a folder of DICOM files, or a .zip of one.",
+            help="One input per channel: a NIfTI file, a folder of DICOM files, or a .zip of one. One folder "
+            "or .zip of a study, where a route of the node tells its channels apart.",
             exists=True,
             metavar="INPUT",
         ),
@@ -72,6 +82,15 @@ def segment(
             metavar="RULE",
         ),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="The channel that the others are brought to; the first unless given.", metavar="NAME"
+        ),
+    ] = None,
+    registration: Annotated[
+        Registration | None, typer.Option(help="Whether the other channels are registered to it first.")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Segment one case and write the labels; volumes go to standard output.
@@ -87,6 +106,7 @@ def segment(
     reading = _reading(gantry_tilt, volume)
     settings = load(config)
     opened, cache = _open(model, bundle, config)
+    route = settings.route_with_channels(opened.manifest.name)
 
     from models.segmenter import Segmenter
     from service.pipeline import PipelineJob, overall_fraction, run
@@ -110,6 +130,8 @@ def segment(
                     settings_digest=settings.results_digest,
                     profiles=(Profile(),) if kind == "segmentation" or measurements else (),
                     reading=reading,
+                    told_apart_by=route,
+                    alignment=_alignment(route, reference, registration),
                 ),
                 segmenter,
                 opened.manifest,
@@ -162,6 +184,17 @@ def _reading(gantry_tilt: GantryTilt, volume: str | None) -> ReadingRules:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise typer.BadParameter(first.removeprefix("Value error, "), param_hint="--volume") from error
     return ReadingRules(gantry_tilt=gantry_tilt.value, volume=rule)
+
+
+def _alignment(
+    route: Route | None, reference: str | None, registration: Registration | None
+) -> AlignmentRules:
+    """What the options say of the channels; what they leave open is as in the route, if there is one."""
+    from service.channel_rules import IN_ORDER
+
+    rules = route.alignment if route is not None else IN_ORDER
+    said = {"reference": reference, "registration": registration.value if registration else None}
+    return rules.model_copy(update={name: value for name, value in said.items() if value is not None})
 
 
 def _are_dicom(inputs: list[Path]) -> bool:
