@@ -26,7 +26,8 @@ class DiceCrossEntropy(nn.Module):
         """The loss of logits (N, C, Z, Y, X), float32, for labels (N, 1, Z, Y, X)."""
         n, classes = logits.shape[:2]
         voxels_last = logits.movedim(1, -1).reshape(n, -1, classes)  # no copy where channels lie last
-        loss: Tensor = _DiceCrossEntropy.apply(voxels_last, target.reshape(n, -1, 1).long())
+        labels = target.reshape(n, -1, 1).long()
+        loss: Tensor = _DiceCrossEntropy.apply(voxels_last, labels)  # type: ignore[no-untyped-call]
         return loss
 
 

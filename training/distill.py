@@ -183,7 +183,9 @@ def distill(
                 sums[name] = sums.get(name, 0.0) + float(value)
             if progress is not None:
                 progress(
-                    Progress(epoch, training.epochs, iteration, training.iterations_per_epoch, float(loss))
+                    Progress(
+                        epoch, training.epochs, iteration, training.iterations_per_epoch, float(loss.detach())
+                    )
                 )
         means = {name: value / training.iterations_per_epoch for name, value in sums.items()}
         if not math.isfinite(means["segmentation"]):

@@ -37,13 +37,15 @@ def spline_matrix(n: int, spacing: float) -> NDArray[np.float64]:
     t = np.abs(np.arange(n)[:, None] - centres[None, :]) / spacing
     inner = 2 / 3 - t**2 + t**3 / 2
     outer = np.clip(2 - t, 0, None) ** 3 / 6
-    return np.where(t < 1, inner, outer)
+    values: NDArray[np.float64] = np.where(t < 1, inner, outer)
+    return values
 
 
 def smooth_field(coefficients: Tensor, shape: tuple[int, int, int], spacing: float) -> Tensor:
     """Cubic B-spline fields (K, *shape) from coefficients (K, *control_shape(shape, spacing))."""
-    like = {"device": coefficients.device, "dtype": coefficients.dtype}
-    return along_axes(coefficients, [torch.as_tensor(spline_matrix(n, spacing), **like) for n in shape])
+    return along_axes(
+        coefficients, [torch.as_tensor(spline_matrix(n, spacing)).to(coefficients) for n in shape]
+    )
 
 
 def control_shape(shape: tuple[int, int, int], spacing: float) -> tuple[int, int, int]:
@@ -62,15 +64,20 @@ def slice_matrix(n: int, spacing: float, fwhm: float, shift: float) -> NDArray[n
     positions = np.arange(shift, n - 1 + 1e-9, spacing)
     distance = np.arange(n)[None, :] - positions[:, None]
     sigma = fwhm / FWHM_PER_SIGMA
-    hat = np.clip(1.0 - np.abs(distance), 0.0, None)
+    weights: NDArray[np.float64]
     if sigma < 0.25:
-        return hat / hat.sum(axis=1, keepdims=True)
-    weights = np.exp(-0.5 * (distance / sigma) ** 2)
-    return weights / weights.sum(axis=1, keepdims=True)
+        weights = np.clip(1.0 - np.abs(distance), 0.0, None)
+    else:
+        weights = np.exp(-0.5 * (distance / sigma) ** 2)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
 
 
 def interpolation_matrix(n: int, spacing: float, shift: float) -> NDArray[np.float64]:
     """(n, m): from the samples of `slice_matrix` back to n voxels, linear between, constant beyond."""
     positions = np.arange(shift, n - 1 + 1e-9, spacing)
     place = np.clip((np.arange(n) - shift) / spacing, 0, len(positions) - 1)
-    return np.clip(1.0 - np.abs(place[:, None] - np.arange(len(positions))[None, :]), 0.0, None)
+    weights: NDArray[np.float64] = np.clip(
+        1.0 - np.abs(place[:, None] - np.arange(len(positions))[None, :]), 0.0, None
+    )
+    return weights

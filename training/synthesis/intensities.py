@@ -44,6 +44,8 @@ def draw_intensities(
             means[air], stds[air] = rng.uniform(0, 20), rng.uniform(0, 8)
         return means[table.random_class], stds[table.random_class]
     n_tissues = table.t1_means.shape[1]
+    tissue_means: NDArray[np.float64]
+    tissue_stds: NDArray[np.float64]
     if contrast == "t1":
         tissue_means = rng.normal(table.t1_means[0], table.t1_means[1])
         tissue_stds = np.abs(rng.normal(table.t1_stds[0], table.t1_stds[1]))

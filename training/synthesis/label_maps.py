@@ -139,7 +139,7 @@ class LabelMapFolder:
         """
         path = self.folder / "training_label_maps" / f"{name}.nii.gz"
         try:
-            image = nibabel.as_closest_canonical(nibabel.load(path))
+            image = nibabel.funcs.as_closest_canonical(nibabel.load(path))
             numbers = np.asarray(image.dataobj).astype(np.int64).transpose(2, 1, 0)
         except (OSError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
             raise TrainingDataError(f"The label map {path.name} cannot be read.") from error

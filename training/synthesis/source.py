@@ -12,8 +12,9 @@ from training.dice_ce import DiceCrossEntropy
 from training.errors import TrainingDataError
 from training.plans import Plans
 from training.preprocess import Split
-from training.synthesis.generator import Generator, SynthesisRecipe
+from training.synthesis.generator import Generator
 from training.synthesis.label_maps import LabelMapFolder
+from training.synthesis.recipe import SynthesisRecipe
 from training.synthesis.structures import STRUCTURES
 from training.toolbox import Toolbox
 

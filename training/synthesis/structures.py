@@ -84,7 +84,8 @@ def merged(numbers: NDArray[np.integer]) -> NDArray[np.uint8]:
         for number in structure.numbers:
             if number < len(table):
                 table[number] = structure.value
-    return table[numbers]
+    found: NDArray[np.uint8] = table[numbers]
+    return found
 
 
 def is_brain(number: int) -> bool:
