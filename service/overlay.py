@@ -81,8 +81,8 @@ def draw_overlay(
         size = (max(1, round(columns_mm * pixels_per_mm)), max(1, round(rows_mm * pixels_per_mm)))
         panels.append(
             _draw_panel(
-                _windowed(np.take(image.array[0], index, plane.axis), low, high),
-                np.take(labelled, index, plane.axis),
+                _windowed(np.moveaxis(image.array[0], plane.axis, 0)[index], low, high),
+                np.moveaxis(labelled, plane.axis, 0)[index],
                 size,
                 plane,
                 colors,
@@ -116,8 +116,8 @@ def _windowed(intensities: NDArray[np.float32], low: float, high: float) -> NDAr
 def _best_index(labelled: NDArray[np.integer], axis: int) -> int:
     """The slice along ``axis`` that shows most: most labels first, then most labelled voxels."""
     present, voxels = [], []
-    for index in range(labelled.shape[axis]):
-        counts = np.bincount(np.take(labelled, index, axis).ravel())[1:]
+    for plane in np.moveaxis(labelled, axis, 0):  # np.take would copy the whole of a flipped array each time
+        counts = np.bincount(plane.ravel())[1:]
         present.append(np.count_nonzero(counts))
         voxels.append(int(counts.sum()))
     if not any(voxels):
