@@ -27,6 +27,7 @@ from service.console.frame import (
     show,
 )
 from service.console.login import COOKIE, Login, LoginSealer
+from service.errors import NotFoundError
 from service.keys import authenticate
 from service.records.events import record_event
 from service.records.tables import DeliveryState, Job, JobState
@@ -261,3 +262,9 @@ def events(
         state, visitor.require("list_events"), kind=None, alert=alert or None, limit=_PAGE_LENGTH, after=after
     )
     return show(request, "audit.html", visitor=visitor, page=page, alert=alert, said="")
+
+
+@router.get("/{path:path}")
+def elsewhere(path: str) -> Response:
+    """An address of the console that it does not have. It is the last one, and takes what is left."""
+    raise NotFoundError(f"There is no page {path[:80]!r} here.", remedy="Choose one from the menu.")
