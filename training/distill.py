@@ -244,6 +244,11 @@ def _toolbox(
             remedy="Give the other kind of data, or another recipe.",
         )
     if isinstance(cases, TrainingCases):
+        if recipe.training.balance:
+            raise RecipeError(
+                "Only runs on synthetic data can balance the classes' cross-entropy.",
+                remedy="Leave 'balance' out: the loss is nnU-Net's own.",
+            )
         if rank == 0:
             _prepare(teacher, cases, split, plans, work_folder)
         _barrier(world)
@@ -260,6 +265,7 @@ def _toolbox(
         seed=recipe.training.seed,
         rank=rank,
         validation_iterations=recipe.training.validation_iterations,
+        balance=recipe.training.balance,
     )
 
 

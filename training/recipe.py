@@ -40,6 +40,7 @@ class TrainingRecipe:
     """Budget and optimiser; the defaults are nnU-Net's, and the DCD paper's EMA.
 
     ``optimizer`` "sgd" has Nesterov's momentum; "adamw" takes no ``momentum`` and suits a short budget.
+    ``balance``, from 0 to 1, gives small classes a greater share of the cross-entropy (``training.dice_ce``).
     ``precision`` "auto" is float16 with loss scaling on CUDA and float32 on a CPU. ``early_stop_epochs``: the
     run ends when the validation Dice has not improved for so many epochs; None never stops early.
     ``deterministic``: one loader, a seed for every iteration, deterministic kernels; a run that is resumed
@@ -54,6 +55,7 @@ class TrainingRecipe:
     learning_rate: float = 0.01
     momentum: float = 0.99
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    balance: float = 0.0
     weight_decay: float = 3e-5
     gradient_clip: float = 12.0
     ema_decay: float = 0.999
@@ -71,6 +73,8 @@ class TrainingRecipe:
                 raise ValueError(f"{name} must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError("ema_decay must be from 0 to under 1")
+        if not 0 <= self.balance <= 1:
+            raise ValueError("balance must be from 0 to 1")
         if self.learning_rate <= 0 or self.gradient_clip <= 0:
             raise ValueError("learning_rate and gradient_clip must be positive")
         if self.deterministic and self.loader_processes:
@@ -150,8 +154,9 @@ class Recipe:
         # Later settings count only where they are used: runs begun before them can still be resumed.
         if self.data == DataRecipe():
             del content["data"]
-        if self.training.optimizer == "sgd":
-            del content["training"]["optimizer"]
+        for key in ("optimizer", "balance"):
+            if getattr(self.training, key) == getattr(TrainingRecipe, key):
+                del content["training"][key]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -228,6 +228,28 @@ class TestLoss:
         torch.testing.assert_close(results[1][0], results[0][0])
         torch.testing.assert_close(results[1][1], results[0][1], atol=1e-7, rtol=1e-4)
 
+    @pytest.mark.parametrize("balance", [0.5, 1.0])
+    def test_a_balanced_cross_entropy_weighs_each_voxel_by_its_class(self, balance: float) -> None:
+        gen = torch.Generator().manual_seed(0)
+        logits = torch.randn(2, 4, 5, 6, 4, generator=gen)
+        target = torch.randint(0, 4, (2, 1, 5, 6, 4), generator=gen) // 2 * 2  # only 0 and 2 occur
+        target[0, 0, 0, 0, :3] = 1
+        gradients = []
+        for by_hand in (True, False):
+            leaf = logits.clone().requires_grad_()
+            if by_hand:
+                each = torch.nn.functional.cross_entropy(leaf, target[:, 0], reduction="none")
+                counts = torch.stack([torch.bincount(t.flatten(), minlength=4) for t in target])
+                weights = (120 / (4 * counts.clamp(min=1))) ** balance
+                voxels = torch.stack([w[t[0]] for w, t in zip(weights, target, strict=True)])
+                plain = torch.nn.functional.cross_entropy(leaf, target[:, 0])
+                value = DiceCrossEntropy()(leaf, target) - plain + (each * voxels).mean()
+            else:
+                value = DiceCrossEntropy(balance)(leaf, target)
+            gradients.append((value.detach(), *torch.autograd.grad(value, leaf)))
+        torch.testing.assert_close(gradients[1][0], gradients[0][0])
+        torch.testing.assert_close(gradients[1][1], gradients[0][1], atol=1e-8, rtol=1e-4)
+
 
 class StopHereError(Exception):
     """Stands for a kill."""

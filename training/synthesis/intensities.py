@@ -47,8 +47,8 @@ def draw_intensities(
     tissue_means: NDArray[np.float64]
     tissue_stds: NDArray[np.float64]
     if contrast == "t1":
-        tissue_means = rng.normal(table.t1_means[0], table.t1_means[1])
-        tissue_stds = np.abs(rng.normal(table.t1_stds[0], table.t1_stds[1]))
+        tissue_means = np.asarray(rng.normal(table.t1_means[0], table.t1_means[1]))
+        tissue_stds = np.abs(np.asarray(rng.normal(table.t1_stds[0], table.t1_stds[1])))
     else:
         tissue_means, tissue_stds = rng.uniform(5, 220, n_tissues), rng.uniform(3, 30, n_tissues)
         for tissue, typical in _TYPICAL[contrast].items():

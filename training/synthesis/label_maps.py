@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.funcs import as_closest_canonical
 from numpy.typing import NDArray
 
 from training.errors import TrainingDataError
@@ -139,9 +141,9 @@ class LabelMapFolder:
         """
         path = self.folder / "training_label_maps" / f"{name}.nii.gz"
         try:
-            image = nibabel.funcs.as_closest_canonical(nibabel.load(path))
+            image = as_closest_canonical(nibabel.load(path))
             numbers = np.asarray(image.dataobj).astype(np.int64).transpose(2, 1, 0)
-        except (OSError, EOFError, nibabel.filebasedimages.ImageFileError) as error:
+        except (OSError, EOFError, ImageFileError) as error:
             raise TrainingDataError(f"The label map {path.name} cannot be read.") from error
         spacing = np.array(image.header.get_zooms()[:3], dtype=float)
         if np.ptp(spacing) > 1e-3:

@@ -35,6 +35,8 @@ class SyntheticToolbox(Toolbox):
         Maps to train on and to validate with.
     seed, rank : int
         Of the run, and of this process in it.
+    balance : float
+        Of the cross-entropy; see `training.dice_ce`.
 
     Raises
     ------
@@ -55,6 +57,7 @@ class SyntheticToolbox(Toolbox):
         seed: int,
         rank: int = 0,
         validation_iterations: int = 1,
+        balance: float = 0.0,
     ) -> None:
         super().__init__(plans, dataset_json, configuration, device)
         if self.label_names != tuple(s.name for s in STRUCTURES):
@@ -72,6 +75,7 @@ class SyntheticToolbox(Toolbox):
         if max(spacing) - min(spacing) > 1e-6:
             raise TrainingDataError(f"Synthesis needs one spacing for all axes, not {spacing} mm.")
         self._maps, self._split, self._synthesis = maps, split, synthesis
+        self._balance = balance
         self._seed, self._rank, self._validation_iterations = seed, rank, validation_iterations
 
     @property
@@ -82,7 +86,7 @@ class SyntheticToolbox(Toolbox):
     def loss(self) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
         """nnU-Net's loss under deep supervision, by the faster of two ways to compute it."""
         built: Any = super().loss()
-        built.loss = DiceCrossEntropy()
+        built.loss = DiceCrossEntropy(self._balance)
         wrapped: Callable[[list[Tensor], list[Tensor]], Tensor] = built
         return wrapped
 
