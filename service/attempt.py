@@ -25,12 +25,13 @@ from models.registry import Registry
 from service.errors import AttemptError, LostClaimError
 from service.inference import InferenceProcess
 from service.logs import get_logger
+from service.predecessors import predecessors_of
 from service.protocol import Failed, OpenModel, Refused, RunJob, Succeeded
 from service.records.database import Records, utc_now
 from service.records.events import record_event
 from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
 from service.records.refusals import cancel_refusal_deliveries
-from service.records.supersession import cancel_superseded_deliveries, superseded_objects
+from service.records.supersession import supersede, superseded_objects
 from service.records.tables import Job, JobOrigin, JobState, ResultKind
 from service.records.work import NewResult, Outcome
 from service.settings import Settings
@@ -178,6 +179,7 @@ class JobRunner:
             output_dir=claim.output_dir,
             settings_digest=self._settings.results_digest,
             supersedes=tuple(superseded_objects(session, claim.job_id)),
+            predecessors=predecessors_of(session, self._spool, claim.job_id),
             profiles=self._settings.profiles_for(job.model_name, job.destinations),
             channel_names=tuple(names[number] for number in sorted(names)),
             told_apart_by=told_apart_by,
@@ -242,7 +244,7 @@ class JobRunner:
         cancel_refusal_deliveries(session, claim.job_id, now=now)
         detail: dict[str, object] = {"version": bundle.manifest.version, "digest": bundle.digest}
         if claim.supersedes_job_id is not None:
-            cancelled = cancel_superseded_deliveries(session, claim.job_id, now=now)
+            cancelled = supersede(session, claim.job_id, now=now)
             detail |= {"supersedes": claim.supersedes_job_id, "deliveries_cancelled": cancelled}
         _tell(session, "job.succeeded", claim, now, detail)
         if warnings := outcome.summary.get("warnings"):

@@ -25,6 +25,7 @@ from models.nifti import write_nifti
 from models.segmenter import Progress
 from models.volume import Labelmap, Volume
 from service.channel_rules import IN_ORDER, AlignmentRules
+from service.dicom.predecessors import Predecessor
 from service.dicom.segmentation import require_encodable
 from service.guard import guard_grid, guard_result
 from service.guard_rules import USUAL_GUARD, GuardRules
@@ -77,6 +78,8 @@ class PipelineJob:
         SHA-256 of the settings that can change a result; part of every derived UID.
     supersedes : tuple of str
         SOP Instance UIDs of the objects that this result replaces.
+    predecessors : tuple of Predecessor
+        The same with all that a reference to them takes, where that is known.
     profiles : tuple of Profile
         The objects that destinations want: each profile is rendered once. Without any, no DICOM object is
         made, and none of what only such an object needs is asked of the images.
@@ -100,6 +103,7 @@ class PipelineJob:
     output_dir: Path
     settings_digest: str = ""
     supersedes: tuple[str, ...] = ()
+    predecessors: tuple[Predecessor, ...] = ()
     profiles: tuple[Profile, ...] = (Profile(),)
     reading: ReadingRules = AS_USUAL
     channel_names: tuple[str, ...] = ()
@@ -194,6 +198,7 @@ def run(
                 settings_digest=job.alignment.mixed_into(job.reading.mixed_into(job.settings_digest)),
                 comments=_comments(summary, given, job.supersedes),
                 picture=np.asarray(picture),
+                predecessors=job.predecessors,
             )
             files = _render_all(finding, job.profiles, unfinished, progress)
         model = {"name": manifest.name, "version": manifest.version, "digest": digest}

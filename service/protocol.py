@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from service.channel_rules import IN_ORDER, AlignmentRules
+from service.dicom.predecessors import Predecessor
 from service.errors import AttemptError
 from service.guard_rules import USUAL_GUARD, GuardRules
 from service.profiles import Profile
@@ -53,6 +54,7 @@ class RunJob(_Line):
     output_dir: Path
     settings_digest: str
     supersedes: tuple[str, ...] = ()
+    predecessors: tuple[Predecessor, ...] = ()
     profiles: tuple[Profile, ...] = (Profile(),)
     reading: ReadingRules = AS_USUAL
     channel_names: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from models.volume import Labelmap
 from service.dicom.derived import Making, Reference, write_object
 from service.dicom.identifiers import result_uid
 from service.dicom.measurements import Segment, build_measurements
+from service.dicom.predecessors import Predecessor, reports_of, segmentations_of, set_predecessors
 from service.dicom.proof import prove_segmentation
 from service.dicom.report_proof import prove_measurements, prove_secondary_capture
 from service.dicom.secondary_capture import build_secondary_capture
@@ -70,6 +71,8 @@ class Finding:
         Sentences for the reader of the report.
     picture : (rows, columns, 3) array, uint8
         Three planes with the labels.
+    predecessors : tuple of Predecessor
+        The objects of older results that these replace.
     """
 
     sources: tuple[SourceSeries, ...]
@@ -82,6 +85,7 @@ class Finding:
     settings_digest: str
     comments: tuple[str, ...]
     picture: NDArray[np.uint8]
+    predecessors: tuple[Predecessor, ...] = ()
 
     @property
     def source(self) -> SourceSeries:
@@ -208,7 +212,7 @@ def _build(
     finding: Finding, profile: Profile, labelmap: Labelmap, making: Making, instance_number: int
 ) -> Dataset:
     assert profile.segmentation != "none"
-    return build_segmentation(
+    dataset = build_segmentation(
         finding.source,
         labelmap,
         finding.manifest,
@@ -220,6 +224,8 @@ def _build(
         keep_empty_frames=profile.empty_frames == "keep",
         instance_number=instance_number,
     )
+    set_predecessors(dataset, segmentations_of(finding.predecessors, profile.key))
+    return dataset
 
 
 def _finish(
@@ -232,7 +238,14 @@ def _finish(
 ) -> _Part:
     assert profile.segmentation != "none"
     write_segmentation(dataset, path)
-    prove_segmentation(path, finding.source, labelmap, finding.manifest, form=profile.segmentation)
+    prove_segmentation(
+        path,
+        finding.source,
+        labelmap,
+        finding.manifest,
+        form=profile.segmentation,
+        predecessors=segmentations_of(finding.predecessors, profile.key),
+    )
     frames, limit = int(dataset.NumberOfFrames), profile.maximum_frames
     withheld = None
     if limit is not None and frames > limit:
@@ -260,6 +273,8 @@ def _measurements(
         comments=finding.comments,
         parameters=(f"{finding.runtime} {finding.precision}",),
     )
+    predecessors = reports_of(finding.predecessors, profile.key)
+    set_predecessors(dataset, predecessors)
     write_object(dataset, path)
     prove_measurements(
         path,
@@ -269,6 +284,7 @@ def _measurements(
         segmentations=segmentations,
         further_sources=finding.sources[1:],
         comments=finding.comments,
+        predecessors=predecessors,
     )
     return describe("report", path, dataset, profile=profile.key)
 

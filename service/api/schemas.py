@@ -86,6 +86,9 @@ class Segmentation(_Document):
     failures: int = Field(description="How often the job itself went wrong.")
     lapses: int = Field(description="How often the process that held it died.")
     supersedes_job_id: str | None
+    superseded_by_job_id: str | None = Field(
+        description="The newer job whose result replaces what this one has made; null unless there is one."
+    )
     runtime: str | None
     precision: str | None
     summary: dict[str, Any] = Field(description="Volumes per label in mL, warnings, figures of the run.")
@@ -185,6 +188,12 @@ class Activation(BaseModel):
     accept_changed_labels: bool = Field(
         default=False, description="Confirms that labels, channels or orientation may change."
     )
+    override_reason: str | None = Field(
+        default=None,
+        min_length=10,
+        max_length=500,
+        description="Why it is activated without a passed gate: stands in the audit trail, with who did it.",
+    )
 
 
 class RecalledDelivery(_Document):
@@ -217,7 +226,11 @@ class EventDocument(_Document):
     alert: bool
     actor: str
     subject: str
+    origin: str = Field(examples=["10.1.2.3"], description="The address that the actor acted from.")
+    outcome: Literal["success", "refused", "failure"]
     detail: dict[str, Any]
+    chain_index: int | None = Field(description="Its place in the chain; see `segnode audit verify`.")
+    digest: str | None
 
 
 class Health(_Document):
@@ -273,6 +286,7 @@ def segmentation(job: Job) -> Segmentation:
         failures=job.failures,
         lapses=job.lapses,
         supersedes_job_id=job.supersedes_job_id,
+        superseded_by_job_id=job.summary.get("superseded_by_job_id"),
         runtime=job.runtime,
         precision=job.precision,
         summary=job.summary,

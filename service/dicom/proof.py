@@ -7,7 +7,7 @@ labelmap that the engine gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from models.manifest import Label, Manifest
 from models.volume import Labelmap
 from service.dicom.elements import PARSE_ERRORS, decimals, integer, item, items, quiet, raw, string, text
 from service.dicom.identity import Identity
+from service.dicom.predecessors import Predecessor, stated_predecessors
 from service.dicom.series import SourceSeries
 from service.errors import ProofError
 
@@ -37,6 +38,7 @@ def prove_segmentation(
     manifest: Manifest,
     *,
     form: Literal["binary", "labelmap"] = "binary",
+    predecessors: Sequence[Predecessor] = (),
 ) -> None:
     """Return only if the file says what the labelmap says, of the patient whose images were segmented.
 
@@ -48,6 +50,8 @@ def prove_segmentation(
         What it was made from.
     form : str
         Whether it is to be a BINARY or a LABELMAP segmentation.
+    predecessors : sequence of Predecessor
+        What it has to say that it replaces, and nothing else.
 
     Raises
     ------
@@ -60,6 +64,7 @@ def prove_segmentation(
             _prove_kind(dataset, source, form)
             prove_identity(dataset, source.identity)
             _prove_references(dataset, source)
+            prove_predecessors(dataset, predecessors)
             label_of_segment = _prove_segments(dataset, labelmap, manifest, form)
             painted = _paint(dataset, source, label_of_segment, form)
     except PARSE_ERRORS as error:
@@ -76,6 +81,16 @@ def prove_identity(dataset: Dataset, identity: Identity) -> None:
     for keyword in ("PatientID", "IssuerOfPatientID", "PatientName"):
         if text(dataset, keyword) != (identity.elements[keyword], True):
             raise failed(f"its {keyword} is not that of the source")
+
+
+def prove_predecessors(dataset: Dataset, predecessors: Sequence[Predecessor]) -> None:
+    """Return only if the object says that it replaces these, and no others. Raises ProofError."""
+    wanted = sorted(
+        (each.study_instance_uid, each.series_instance_uid, each.sop_class_uid, each.sop_instance_uid)
+        for each in predecessors
+    )
+    if stated_predecessors(dataset) != wanted:
+        raise failed("it does not name the objects that it replaces, and those alone")
 
 
 def _prove_kind(dataset: Dataset, source: SourceSeries, form: str) -> None:

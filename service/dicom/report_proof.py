@@ -20,7 +20,15 @@ from models.manifest import Manifest
 from models.volume import Labelmap
 from service.dicom.elements import PARSE_ERRORS, integer, item, items, quiet, raw, string, text
 from service.dicom.identity import Identity
-from service.dicom.proof import Meaning, failed, meaning_of_label, meaning_of_segment, prove_identity
+from service.dicom.predecessors import Predecessor
+from service.dicom.proof import (
+    Meaning,
+    failed,
+    meaning_of_label,
+    meaning_of_segment,
+    prove_identity,
+    prove_predecessors,
+)
 from service.dicom.series import SourceSeries
 
 _ENHANCED_SR = "1.2.840.10008.5.1.4.1.1.88.22"
@@ -39,6 +47,7 @@ def prove_measurements(
     segmentations: Sequence[Path],
     further_sources: Sequence[SourceSeries] = (),
     comments: Sequence[str] = (),
+    predecessors: Sequence[Predecessor] = (),
 ) -> None:
     """Return only if the report gives every label its volume, and names the segment that shows it.
 
@@ -54,6 +63,8 @@ def prove_measurements(
         The series of the model's other channels, which it must name too.
     comments : sequence of str
         Sentences that it must hold.
+    predecessors : sequence of Predecessor
+        What it has to say that it replaces, and nothing else.
 
     Raises
     ------
@@ -64,6 +75,7 @@ def prove_measurements(
         dataset = dcmread(path)
         images = [uid for each in (source, *further_sources) for uid in each.sop_instance_uids]
         _prove_document(dataset, source.identity, images)
+        prove_predecessors(dataset, predecessors)
         groups = {_text_of(group, _TRACKING): group for group in _contained(dataset, _GROUP)}
         if sorted(groups) != sorted(label.name for label in manifest.labels):
             raise failed("it does not have one measurement group for each label")

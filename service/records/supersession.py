@@ -7,8 +7,9 @@ A late slice makes a new job, and the new one stands for the series from then on
   delivery of theirs that has not left is cancelled. Where the newer job is refused or fails, the older
   result remains the only one there is, and goes out.
 
-A result that has left cannot be called back: the newer job names the older one (``supersedes_job_id``), and
-its report and measurements name the older objects.
+A result that has left cannot be called back: the newer job names the older one (``supersedes_job_id``), its
+objects and measurements name the older objects, the older job names the newer one, and an alert says what had
+been delivered where.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from service.records.database import change
+from service.records.events import record_event
 from service.records.jobs import enqueue
 from service.records.outbox import is_result, queue_deliveries
 from service.records.refusals import add_refusal_destinations
@@ -132,16 +134,60 @@ def superseded_jobs(session: Session, job_id: str) -> list[Job]:
     return chain
 
 
-def superseded_objects(session: Session, job_id: str) -> list[str]:
-    """SOP Instance UIDs of the objects that this job's result will supersede, newest job first."""
-    uids: list[str] = []
+def superseded_results(session: Session, job_id: str) -> list[Result]:
+    """The DICOM objects that this job's result will supersede, newest job first."""
+    found: list[Result] = []
     for job in superseded_jobs(session, job_id):
-        uids += session.scalars(
-            select(Result.sop_instance_uid)
+        found += session.scalars(
+            select(Result)
             .where(Result.job_id == job.job_id, Result.sop_instance_uid.is_not(None))
             .order_by(Result.sop_instance_uid)
-        ).all()  # type: ignore[arg-type]  # the query leaves out NULL
-    return uids
+        )
+    return found
+
+
+def superseded_objects(session: Session, job_id: str) -> list[str]:
+    """SOP Instance UIDs of the objects that this job's result will supersede, newest job first."""
+    return [str(result.sop_instance_uid) for result in superseded_results(session, job_id)]
+
+
+def supersede(session: Session, job_id: str, *, now: datetime) -> int:
+    """A job has succeeded: its result stands for those of older jobs from now on.
+
+    What they have not delivered is cancelled, each of them names the newer job in its summary, and an alert
+    tells what had left already, and what is on its way at this moment. Returns how many deliveries were
+    cancelled.
+    """
+    older = superseded_jobs(session, job_id)
+    cancelled = cancel_superseded_deliveries(session, job_id, now=now)
+    for job in older:
+        job.summary = {**job.summary, "superseded_by_job_id": job_id}
+    left = session.execute(
+        select(Delivery.delivery_id, Delivery.destination, Delivery.state, Result.sop_instance_uid)
+        .join(Result, Result.result_id == Delivery.result_id)
+        .where(
+            Delivery.job_id.in_([job.job_id for job in older]),
+            Delivery.state != DeliveryState.CANCELLED,
+        )
+        .order_by(Delivery.created_at, Delivery.delivery_id)
+    ).all()
+    if left:
+        record_event(
+            session,
+            "result.superseded",
+            actor="supersession",
+            at=now,
+            subject=job_id,
+            alert=True,
+            detail={
+                "supersedes": [job.job_id for job in older],
+                "delivered": [
+                    {"delivery_id": d, "destination": to, "state": state.value, "sop_instance_uid": uid}
+                    for d, to, state, uid in left
+                ],
+            },
+        )
+    return cancelled
 
 
 def cancel_superseded_deliveries(session: Session, job_id: str, *, now: datetime) -> int:

@@ -14,6 +14,7 @@ from programs import program
 
 from models.manifest import Manifest
 from models.volume import Labelmap
+from service.dicom.predecessors import Predecessor
 from service.dicom.series import SourceSeries, read_series
 from service.overlay import draw_overlay
 from service.profiles import Profile
@@ -38,6 +39,7 @@ def make_finding(
     array: np.ndarray | None = None,
     manifest: Manifest | None = None,
     comments: Sequence[str] = ("3 of 3 structures were found.",),
+    predecessors: Sequence[Predecessor] = (),
 ) -> Finding:
     manifest = manifest or phantom_manifest()
     labelmap = labelmap_of(source, array)
@@ -52,6 +54,7 @@ def make_finding(
         settings_digest="s",
         comments=tuple(comments),
         picture=np.asarray(draw_overlay(source.volume, labelmap, manifest.labels)),
+        predecessors=tuple(predecessors),
     )
 
 
