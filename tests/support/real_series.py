@@ -7,6 +7,8 @@ their identifiers give a NIfTI file, and a refusal where an object is wanted.
 
 from __future__ import annotations
 
+import gzip
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,13 @@ import pytest
 from numpy.typing import NDArray
 
 from models.errors import ReasonCode
-from models.volume import Volume
+from models.volume import Labelmap, Volume
+from service.dicom.series import GeometryPolicy, read_series
 
 EDGE = "dicom_edge_cases"
 FAILING = f"{EDGE}/failing"
 NO_FRAME_OF_REFERENCE = (ReasonCode.INVALID_GEOMETRY, "no Frame of Reference UID")
+ACCEPTING = GeometryPolicy(missing_identity="accept", gantry_tilt="accept")
 NOBODYS = (ReasonCode.IDENTITY_MISSING, "no usable StudyInstanceUID and no usable PatientID")
 
 Why = tuple[ReasonCode, str]
@@ -126,6 +130,8 @@ REFUSED = (
     ),
 )
 
+CASES = (*VOLUMES, *REFUSED)
+
 ORIENTATIONS = ("ARS", "ASL", "IAL", "LAS", "LPS", "PIR", "RAS", "SRP")
 NIFTI = (
     *(
@@ -156,6 +162,24 @@ def from_nifti(path: Path) -> Volume:
     array = np.asarray(image.dataobj)
     array = array[..., 0] if array.ndim == 4 else array
     return Volume(array.T[None].astype(np.float32), np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine)
+
+
+def truth_of(data: Path, case: Case) -> Volume:
+    """The truth of a case where there is one, and else what the reader makes of it."""
+    path = data / case.truth_name
+    if path.exists():
+        return from_nifti(path)
+    return read_series(files(data / case.name), policy=ACCEPTING).volume
+
+
+def labels_in(nifti: Path | bytes) -> Labelmap:
+    """A labelmap, read by nibabel alone."""
+    if isinstance(nifti, bytes):
+        image = nibabel.Nifti1Image.from_stream(io.BytesIO(gzip.decompress(nifti)))
+    else:
+        image = nibabel.load(nifti)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine
+    return Labelmap(np.asarray(image.dataobj, np.uint8).T, affine)
 
 
 def thresholds_of(array: NDArray[np.float32]) -> tuple[float, float]:
