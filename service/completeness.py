@@ -29,7 +29,7 @@ from service.records.events import record_event
 from service.records.instances import complete_series, current_instances, quiet_series, study_is_quiet
 from service.records.jobs import queue_length
 from service.records.supersession import enqueue_newest, refuse_at_once
-from service.records.tables import Instance, Job, JobOrigin, Series
+from service.records.tables import Instance, Job, JobOrigin, Series, SeriesState
 from service.records.work import NewInput, NewJob, input_key
 from service.required_series import are_present
 from service.routing import (
@@ -113,10 +113,13 @@ class Completeness:
                 if open_turns and not due:
                     return 0
         made = 0
-        with self._records.write() as session:
+        with self._records.write(alone=True) as session:
             locked = session.get(Series, series.series_id, with_for_update=True)
-            if locked is None or locked.last_instance_at != series.last_instance_at:
-                return 0  # another slice has come, or the series was deleted
+            if locked is None or (locked.state, locked.last_instance_at) != (
+                SeriesState.RECEIVING,
+                series.last_instance_at,
+            ):
+                return 0  # another slice has come, the series was deleted, or another worker has closed it
             for route in due:
                 assert facts is not None
                 made += self._apply(session, route, facts, now)

@@ -57,7 +57,7 @@ def delete_study(
     ConflictError
         If it is still being received, a job of it is running, or a result of it is being sent right now.
     """
-    with records.write() as session:
+    with records.write(alone=True) as session:
         instances = session.scalars(
             select(Instance).where(Instance.study_instance_uid == study_instance_uid)
         ).all()
@@ -95,7 +95,7 @@ def delete_job(records: Records, spool: Spool, job_id: str, *, actor: str, now: 
     ConflictError
         If it is running, or a result of it is being sent right now.
     """
-    with records.write() as session:
+    with records.write(alone=True) as session:
         job = session.get(Job, job_id)
         if job is None:
             raise NotFoundError(f"There is no job {job_id}.")

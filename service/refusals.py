@@ -73,7 +73,7 @@ class RefusalObjects:
                 refusal, SegnodeError(f"The object could not be made ({type(error).__name__})."), now
             )
             return False
-        with self._records.write() as session:
+        with self._records.write(alone=True) as session:
             if not refusal_made(session, refusal, new, self._profile_keys, at=now):
                 return False
             detail = {"code": refusal.code, "sop_instance_uid": new.sop_instance_uid}
@@ -128,7 +128,7 @@ class RefusalObjects:
 
     def _withhold(self, refusal: WantedRefusal, error: SegnodeError, now: datetime) -> None:
         log.warning("refusal.withheld", job_id=refusal.job_id, code=error.code)
-        with self._records.write() as session:
+        with self._records.write(alone=True) as session:
             if refusal_withheld(session, refusal):
                 detail = {"code": error.code, "reason": error.message}
                 record_event(

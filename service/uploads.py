@@ -237,7 +237,7 @@ def submit(
     # same, so that the same image can be segmented anew after an activation.
     identity = f"{key_id}:{requested_version or ''}:{bundle.manifest.version}"
     key = input_key((f"{i}:{file.sha256}", identity) for i, file in enumerate(upload.files))
-    with records.write() as session:
+    with records.write(alone=True) as session:
         new = NewJob(
             origin=JobOrigin.UPLOAD,
             model_name=bundle.manifest.name,

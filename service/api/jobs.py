@@ -43,7 +43,7 @@ def list_jobs(
 @router.post("/jobs/{job_id}/retry", responses=problem_responses(404, 409))
 def retry_job(job_id: Identifier, state: State, caller: CallerDep) -> Segmentation:
     """Queue a refused or failed job again."""
-    with state.records.write() as session:
+    with state.records.write(alone=True) as session:
         job = retry_job_now(session, job_id)
         record_event(session, "job.retried", actor=caller.name, at=state.clock(), subject=job_id)
         return segmentation(job)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -196,7 +197,7 @@ def category_code(label: Label) -> Code:
 
 def write_object(dataset: Dataset, path: Path) -> Path:
     """Write a Part 10 file that is on the disk when this returns, and whole or not there at all."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # two workers may make the same
     with temporary.open("wb") as file:
         dcmwrite(file, dataset, enforce_file_format=True)
         file.flush()

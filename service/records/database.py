@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Engine, Executable, create_engine, event
+from sqlalchemy import Connection, CursorResult, Engine, Executable, create_engine, event, func, select, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 
 from service.errors import SettingsError
 
 _BUSY_TIMEOUT_S = 30.0
+
+# On PostgreSQL: nobody waits for a lock for longer than on SQLite, a client that stops in the middle of a
+# transaction is put out of it, and one whose machine is gone is noticed, so that its locks are free again.
+_SESSION_OPTIONS = (
+    "-c timezone=UTC -c lock_timeout=30s -c idle_in_transaction_session_timeout=120s "
+    "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+)
+_CONNECT_TIMEOUT_S = 10
+_WRITERS_LOCK = 0x5E610DF  # advisory; the migrations' own is one below
 
 
 def utc_now() -> datetime:
@@ -29,12 +39,25 @@ def change(session: Session, statement: Executable) -> int:
     return result.rowcount
 
 
+def lock_name(session: Session, name: str) -> None:
+    """Wait for everyone else who has locked this name, until the end of their transactions.
+
+    For what has no row yet that could be locked. On SQLite there is one writer at a time anyway.
+    """
+    if session.get_bind().dialect.name != "sqlite":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
 class Records:
     """The database of one node.
 
     On SQLite: write-ahead log, ``synchronous=FULL`` (a commit is on the disk when it returns), and every
     writing transaction takes the write lock at its beginning, so that two writers wait for each other
     instead of failing in the middle. Never put the file on a network file system.
+
+    On PostgreSQL (``postgresql+psycopg://``): ``READ COMMITTED``, and writers go on side by side. What two
+    may do to one row at once is settled by compare-and-set and by row locks; whoever has to look at many
+    rows before changing some asks to be :meth:`alone <write>`, as every writer is on SQLite.
 
     Parameters
     ----------
@@ -44,32 +67,76 @@ class Records:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._engine = _sqlite_engine(url) if make_url(url).get_backend_name() == "sqlite" else _engine(url)
+        self.is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        self._engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
         self._writer = self._engine.execution_options(segnode_write=True)
+        self._reader = self._engine
+        if not self.is_sqlite:
+            self._reader = self._engine.execution_options(
+                isolation_level="REPEATABLE READ", postgresql_readonly=True
+            )
+        self._clock_offset = timedelta()
 
     @property
     def engine(self) -> Engine:
         return self._engine
 
     @contextmanager
-    def write(self) -> Iterator[Session]:
-        """A session in one writing transaction: committed when the block ends, rolled back if it raises."""
+    def write(self, *, alone: bool = False) -> Iterator[Session]:
+        """A session in one writing transaction: committed when the block ends, rolled back if it raises.
+
+        With ``alone`` no other writing transaction goes on beside it, on any host.
+        """
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
-            session.connection()  # takes the lock now, not at the first statement
+            if self.is_sqlite:
+                session.connection()  # takes the lock now, not at the first statement
+            else:
+                lock = func.pg_advisory_xact_lock if alone else func.pg_advisory_xact_lock_shared
+                session.execute(select(lock(_WRITERS_LOCK)))
             yield session
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session in one reading transaction: a consistent view, never committed."""
-        with Session(self._engine, expire_on_commit=False) as session:
+        with Session(self._reader, expire_on_commit=False) as session:
             yield session
+
+    def now(self) -> datetime:
+        """The present time by the clock that every worker of these records shares, UTC and naive.
+
+        Leases compare times that different hosts have written. On PostgreSQL this is therefore the server's
+        clock, as :meth:`compare_clocks` last saw it; on SQLite there is one host, and its own.
+        """
+        return utc_now() + self._clock_offset
+
+    def compare_clocks(self) -> timedelta:
+        """Ask the server for its time. Returns by how much its clock is before this host's."""
+        if not self.is_sqlite:
+            began = utc_now()
+            with self._reader.connect() as connection:
+                theirs: datetime = connection.execute(
+                    select(text("timezone('UTC', clock_timestamp())"))
+                ).scalar_one()
+            ended = utc_now()
+            self._clock_offset = theirs - (began + (ended - began) / 2)
+        return self._clock_offset
 
     def close(self) -> None:
         self._engine.dispose()
 
 
-def _engine(url: str) -> Engine:
-    return create_engine(url, pool_pre_ping=True)
+def _postgresql_engine(url: str) -> Engine:
+    try:
+        return create_engine(
+            url,
+            pool_pre_ping=True,  # a server that was started again is not an error
+            connect_args={"options": _SESSION_OPTIONS, "connect_timeout": _CONNECT_TIMEOUT_S},
+        )
+    except (ArgumentError, ImportError) as error:
+        raise SettingsError(
+            f"database_url names a database that cannot be used here ({type(error).__name__}).",
+            remedy="Write it as postgresql+psycopg://USER@HOST/NAME, and install segnode[postgresql].",
+        ) from error
 
 
 def _sqlite_engine(url: str) -> Engine:

@@ -29,6 +29,7 @@ def claim_delivery(session: Session, *, owner: str, lease_s: float, now: datetim
             .where(Delivery.state == DeliveryState.PENDING, Delivery.next_attempt_at <= now, free)
             .order_by(Delivery.next_attempt_at, Delivery.created_at)
             .limit(1)
+            .with_for_update(skip_locked=True)
         ).one_or_none()
         if candidate is None:
             return None

@@ -9,7 +9,7 @@ from enum import StrEnum
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from service.records.database import change
+from service.records.database import change, lock_name
 from service.records.jobs import cancel_jobs_of_instance
 from service.records.tables import Instance, InstanceKind, Result, Series, SeriesState
 
@@ -72,6 +72,7 @@ def record_instance(session: Session, received: ReceivedInstance) -> Recorded:
     The same SOP Instance UID in the same series with another patient or study identity is a correction: the
     old revision is kept, its undelivered results are cancelled, and the series is segmented anew.
     """
+    lock_name(session, received.series_instance_uid)  # a modality sends one series over several associations
     known = session.scalar(
         select(Instance).where(
             Instance.series_instance_uid == received.series_instance_uid,

@@ -97,6 +97,7 @@ def claim_job(session: Session, *, owner: str, lease_s: float, now: datetime) ->
             .where(Job.state == JobState.QUEUED, or_(Job.not_before.is_(None), Job.not_before <= now))
             .order_by(Job.priority.desc(), Job.created_at, Job.job_id)
             .limit(1)
+            .with_for_update(skip_locked=True)  # whoever else claims now takes the next one
         ).one_or_none()
         if candidate is None:
             return None

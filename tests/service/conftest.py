@@ -13,16 +13,13 @@ from structlog.testing import capture_logs
 
 from service.dicom.receive import Receiver
 from service.records.database import Records
-from service.records.migrate import upgrade
 from service.spool import Spool
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> Iterator[Records]:
-    """Empty records on SQLite, as a new node has them."""
-    url = f"sqlite:///{tmp_path / 'records.sqlite'}"
-    upgrade(url)
-    opened = Records(url)
+def records(records_url: str) -> Iterator[Records]:
+    """Empty records, as a new node has them."""
+    opened = Records(records_url)
     yield opened
     opened.close()
 

@@ -13,6 +13,8 @@ from service.records.instances import complete_series
 from service.records.jobs import refuse_job
 from service.records.tables import Delivery, Event, Series
 
+pytestmark = pytest.mark.both_engines
+
 
 def read_all(api: ApiHarness, path: str, key: str) -> list[str]:
     """Every entry of a list, by pages of two."""

@@ -16,6 +16,8 @@ from service.records.deliveries import claim_delivery
 from service.records.instances import complete_series
 from service.records.tables import Base, Delivery, Event, Instance, Job, Series
 
+pytestmark = pytest.mark.both_engines
+
 OTHER = "1.2.826.0.1.3680043.8.498.2"
 
 

@@ -13,6 +13,8 @@ from service.keys import authenticate, create_key, list_keys, revoke
 from service.records.database import Records
 from service.records.tables import ApiKey, Event, Role
 
+pytestmark = pytest.mark.both_engines
+
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC).replace(tzinfo=None)
 
 

@@ -13,6 +13,8 @@ from service.records.deliveries import claim_delivery, park
 from service.records.events import record_event
 from service.records.jobs import refuse_job
 
+pytestmark = pytest.mark.both_engines
+
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 

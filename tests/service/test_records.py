@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from models.errors import SegnodeError
-from service.errors import ConflictError, LostClaimError, NotFoundError, SettingsError
+from service.errors import ConflictError, LostClaimError, NotFoundError
 from service.records.database import Records
 from service.records.deliveries import claim_delivery, mark_sent, park, retry_delivery, retry_later
 from service.records.instances import (
@@ -51,6 +51,8 @@ from service.records.tables import (
     new_identifier,
 )
 from service.records.work import NewInput, NewJob, NewResult, Outcome, input_key
+
+pytestmark = pytest.mark.both_engines
 
 NOON = datetime(2026, 1, 1, 12)  # noqa: DTZ001 - the times of the records are naive, in UTC
 LEASE_S = 60.0
@@ -118,14 +120,6 @@ def enqueued(records: Records, key: str = "k", **changes: object) -> str:
 # --- the database itself ------------------------------------------------------------------------------
 
 
-def test_sqlite_keeps_what_it_has_committed(records: Records) -> None:
-    with records.read() as session:
-        connection = session.connection()
-        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
-        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
-
-
 def test_a_block_that_raises_leaves_nothing_behind(records: Records) -> None:
     def break_in_the_middle() -> None:
         with records.write() as session:
@@ -146,12 +140,12 @@ def test_a_second_writer_waits_instead_of_failing(records: Records) -> None:
         try:
             with records.write() as session:
                 record_instance(session, received("1.2.3.2"))
-        except sqlite3.Error as error:
+        except SQLAlchemyError as error:
             errors.append(error)
 
     thread = threading.Thread(target=second)
     thread.start()
-    with records.write() as session:
+    with records.write(alone=True) as session:
         first_holds_the_lock.set()
         thread.join(0.2)
         assert thread.is_alive(), "the second writer did not wait"
@@ -160,11 +154,6 @@ def test_a_second_writer_waits_instead_of_failing(records: Records) -> None:
     assert errors == []
     with records.read() as session:
         assert session.scalar(select(func.count()).select_from(Instance)) == 2
-
-
-def test_records_in_memory_are_refused() -> None:
-    with pytest.raises(SettingsError, match="kept in memory"):
-        Records("sqlite://")
 
 
 # --- instances and series -----------------------------------------------------------------------------

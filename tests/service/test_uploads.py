@@ -30,6 +30,8 @@ from service.spool import Spool
 from service.upload_inputs import take_inputs
 from service.uploads import Upload, UploadDesk, UploadTooLargeError, clear_abandoned, find_bundle, submit
 
+pytestmark = pytest.mark.both_engines
+
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC).replace(tzinfo=None)
 MIB = 1 << 20
 

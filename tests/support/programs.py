@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-_PLACES = (Path(sys.executable).parent, Path("/usr/sbin"), Path("/usr/local/sbin"))
+_PLACES = (
+    Path(sys.executable).parent,
+    Path("/usr/sbin"),
+    Path("/usr/local/sbin"),
+    *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True),  # Debian keeps every version apart
+)
 
 
 def program(name: str, package: str) -> str:
