@@ -91,7 +91,8 @@ _ENUMERATIONS: tuple[type[StrEnum], ...] = (
 )
 
 
-def _as_text(kind: type[StrEnum]) -> Enum:
+def as_text(kind: type[StrEnum]) -> Enum:
+    """The column type of an enumeration: its values as text."""
     return Enum(kind, native_enum=False, length=16, values_callable=lambda e: [m.value for m in e])
 
 
@@ -101,7 +102,7 @@ class Base(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         dict[str, Any]: JSON,
         list[str]: JSON,
-        **{kind: _as_text(kind) for kind in _ENUMERATIONS},
+        **{kind: as_text(kind) for kind in _ENUMERATIONS},
     }
 
 
