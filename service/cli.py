@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from models.errors import Refusal, SegnodeError
-from service.commands import doctor, keys, models, node, segment, send
+from service.commands import audit, doctor, keys, models, node, segment, send
 from service.commands.console import show_error
 
 EXIT_ERROR, EXIT_REFUSED = 1, 3
@@ -37,6 +37,7 @@ app.command(rich_help_panel="Files")(segment.segment)
 app.command(rich_help_panel="Files")(send.send)
 app.add_typer(models.app, name="models", rich_help_panel="Administration")
 app.add_typer(keys.app, name="keys", rich_help_panel="Administration")
+app.add_typer(audit.app, name="audit", rich_help_panel="Administration")
 
 
 def _show_version(wanted: bool) -> None:

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from ipaddress import ip_network
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from models.errors import SegnodeError
+from service.audit_trail import HEAD_FILE, HeadKeeper
 from service.logs import get_logger
 from service.node import Node, seed_models
+from service.records.database import utc_now
 from service.tls import ReloadingContext
 
 Listening = Callable[[int | None], None]
@@ -20,6 +25,7 @@ Component = Callable[[Node, threading.Event, Listening], None]
 
 _POLL_S = 0.2
 _HTTP_DRAIN_S = 10
+_HEAD_INTERVAL_S = 60.0
 
 log = get_logger(__name__)
 
@@ -89,13 +95,25 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
                 stop.wait(_POLL_S / 10)
             if server.started:
                 listening(listener.getsockname()[1])
+            keeper = HeadKeeper(node.records, node.settings.data_dir / HEAD_FILE)
+            due = 0.0
             while thread.is_alive() and not stop.wait(_POLL_S):
-                pass
+                if time.monotonic() >= due:
+                    due = time.monotonic() + _HEAD_INTERVAL_S
+                    _keep_head(keeper)
         finally:
             server.should_exit = True
             thread.join()
     if not stop.is_set():
         raise StoppedByItselfError("The HTTP server ended.", remedy="The log above says why.")
+
+
+def _keep_head(keeper: HeadKeeper) -> None:
+    """Keep the head of the audit trail; what is wrong now may be right in a minute."""
+    try:
+        keeper.keep(utc_now())
+    except (SegnodeError, SQLAlchemyError, OSError) as error:
+        log.error("audit.head_not_kept", exc_info=error)
 
 
 def run_worker(node: Node, stop: threading.Event, listening: Listening) -> None:

@@ -94,6 +94,7 @@ def identify(state: State, credentials: Credentials) -> Caller:
 
 def authorize(request: Request, caller: Annotated[Caller, Depends(identify)]) -> Caller:
     """Who calls, if their role allows this operation. Raises ProblemError 401 or 403."""
+    request.state.caller = caller  # the audit trail names who is refused, too
     check_role(caller, MINIMUM_ROLE[request.scope["route"].name])
     return caller
 

@@ -18,6 +18,7 @@ from service.api.middleware import Boundary, Limits, SecurityHeaders
 from service.api.problem import Problem, install_handlers, problem_responses
 from service.api.schemas import API_PREFIX
 from service.api.state import ApiState
+from service.api.trail import Trail
 from service.logs import get_logger
 from service.records.database import Records, utc_now
 from service.settings import Settings
@@ -80,6 +81,7 @@ def create_app(
     tls = settings.http.tls_certificate is not None or settings.http.behind_tls_proxy
     # The last one added is the outermost.
     app.add_middleware(Limits, http=settings.http, streamed=_STREAMED)
+    app.add_middleware(Trail, records=records, clock=clock)
     app.add_middleware(Boundary)
     app.add_middleware(SecurityHeaders, tls=tls)
     return app

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,14 @@ def show_error(code: str, message: str, remedy: str) -> None:
     typer.secho(f"{code}: {message}", fg=typer.colors.RED, err=True)
     if remedy:
         typer.echo(remedy.strip("\n"), err=True)
+
+
+def person() -> str:
+    """Who gives the command, for the audit trail."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return f"cli:{os.getuid()}"
 
 
 def note(text: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands.console import note, show_table
+from service.commands.console import note, person, show_table
 from service.commands.settings import Config, load
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class KeyRole(StrEnum):
     ADMIN = "admin"
 
 
-def _records(config: Path | None) -> Records:
+def open_records(config: Path | None) -> Records:
+    """The records of the node, upgraded where they are of an older release."""
     from service.node import make_data_dir
     from service.records.database import Records
     from service.records.migrate import upgrade
@@ -49,6 +50,12 @@ def create(
     days: Annotated[
         int | None, typer.Option(min=1, help="Days until it expires; never unless given.")
     ] = None,
+    expires: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="When it expires, UTC; in the place of --days."
+        ),
+    ] = None,
     config: Config = None,
 ) -> None:
     """Make a key. Its secret is printed on standard output, once, and kept nowhere."""
@@ -56,11 +63,12 @@ def create(
     from service.records.database import utc_now
     from service.records.tables import Role
 
-    records, now = _records(config), utc_now()
+    if days is not None and expires is not None:
+        raise typer.BadParameter("give --days or --expires, not both")
+    records, now = open_records(config), utc_now()
+    ends = now + timedelta(days=days) if days is not None else expires
     with records.write() as session:
-        key_id, secret = create_key(
-            session, name, Role(role.value), now + timedelta(days=days) if days else None, now=now
-        )
+        key_id, secret = create_key(session, name, Role(role.value), ends, now=now, actor=person())
     note(f"Key {key_id} for {name} ({role.value}). Keep the secret: it is shown this once.")
     typer.echo(secret)
 
@@ -71,7 +79,7 @@ def list_all(config: Config = None) -> None:
     from service.keys import list_keys
     from service.records.database import utc_now
 
-    records, now = _records(config), utc_now()
+    records, now = open_records(config), utc_now()
     with records.read() as session:
         rows = [
             (
@@ -97,7 +105,7 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="KEY")], config: Config
     from service.keys import revoke as revoke_key
     from service.records.database import utc_now
 
-    records = _records(config)
+    records = open_records(config)
     with records.write() as session:
-        revoke_key(session, key_id, now=utc_now())
+        revoke_key(session, key_id, now=utc_now(), actor=person())
     note(f"Key {key_id} is revoked.")

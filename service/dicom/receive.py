@@ -171,6 +171,8 @@ class Receiver:
                     actor="",  # nobody has said a name yet
                     at=utc_now(),
                     alert=True,
+                    outcome="refused",
+                    origin=address,
                     detail={"reason": "tls-failed", "tls": failure, "peer_address": address},
                 )
         except SQLAlchemyError as error:
@@ -215,6 +217,8 @@ class Receiver:
                 actor=calling_ae_title.strip(),
                 at=utc_now(),
                 alert=rejection in _UNKNOWN_PEER,
+                outcome="refused",
+                origin=address,
                 detail={"reason": rejection.word, "peer_address": address},
             )
 
@@ -322,6 +326,8 @@ class Receiver:
                     actor=actor,
                     at=utc_now(),
                     alert=True,
+                    outcome="refused",
+                    origin=event.assoc.requestor.address,
                     detail={
                         "status": f"0x{refusal.status:04X}",
                         "reason": refusal.message,

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 from uuid import uuid4
 
-from sqlalchemy import JSON, Enum, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Enum, ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -302,3 +302,8 @@ class Event(Base):
     actor: Mapped[str] = mapped_column(String(128))
     subject: Mapped[str] = mapped_column(String(128), default="")  # an identifier of the node's own
     detail: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    origin: Mapped[str] = mapped_column(String(64), default="")  # the address that the actor acted from
+    outcome: Mapped[str] = mapped_column(String(16), default="success")  # or refused, or failure
+    # Its place in the chain, from 1 without a gap, and the digest there: see service.records.chain.
+    chain_index: Mapped[int | None] = mapped_column(BigInteger, index=True, unique=True)
+    digest: Mapped[str | None] = mapped_column(String(64))
