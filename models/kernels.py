@@ -175,11 +175,12 @@ def compiled(kernel: Kernel) -> Kernel:
 
 def warm_up(label_type: np.dtype[Any]) -> None:
     """Compile both kernels now, or load them, rather than in the middle of the first volume."""
-    one, tap = np.ones((2, 1, 1, 1), np.float32), (np.zeros(1, np.int64), np.zeros(1, np.int64))
-    taps = (*tap, np.zeros(1, np.float32)) * 3
-    compiled(accumulate)(one.copy(), one[:1].copy(), one[0].copy(), 0, 0, 0, 0, 1)
+    total, tile = np.ones((3, 2, 2, 2), np.float32), np.ones((2, 2, 2, 2), np.float32)
+    for either in (tile, np.moveaxis(tile, -1, 0)):  # as one runtime or the other has it in memory
+        compiled(accumulate)(total, either, tile[0], 0, 0, 0, 0, 2)
+    tap = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32)
     nothing = np.empty((0, 0), np.float32), np.empty(0, np.float32), np.empty(0, np.int32)
-    compiled(paint)(one, *taps, *nothing, np.zeros((1, 1, 1), label_type), 0, 1)
+    compiled(paint)(total, *tap * 3, *nothing, np.zeros((1, 1, 1), label_type), 0, 1)
 
 
 def keep_compiled_code_in(folder: Path) -> None:

@@ -36,6 +36,12 @@ def usable_cores(root: Path = _ROOT) -> int:
     return max(1, math.floor(cores))
 
 
+def vector_lanes(root: Path = _ROOT) -> int:
+    """Floats that the processor adds or multiplies at once: 16 with AVX-512, else taken to be 8."""
+    flags = (line for line in _read(root / "proc/cpuinfo").splitlines() if line.startswith("flags"))
+    return 16 if "avx512f" in next(flags, "").split() else 8
+
+
 def available_memory_bytes(root: Path = _ROOT) -> int:
     """Memory in bytes that can still be taken before the machine or a control group runs out.
 

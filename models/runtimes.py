@@ -17,7 +17,8 @@ import onnx
 from numpy.typing import NDArray
 
 from models.errors import RuntimeUnavailableError, UnsupportedModelError
-from models.resources import usable_cores
+from models.lanes import widen
+from models.resources import usable_cores, vector_lanes
 
 OPENVINO = "openvino"
 ONNXRUNTIME = "onnxruntime"
@@ -29,7 +30,7 @@ class Network(Protocol):
     """A network of fixed input shape, ready to run. Not for use by several threads at once.
 
     ``name`` is the runtime's. Calling it takes a (N, C, Z, Y, X) float32 array and returns
-    (N, K, Z, Y, X) float32, which is valid until the next call.
+    (N, K, Z, Y, X) float32, in any order in memory, which is valid until the next call.
     """
 
     name: str
@@ -114,14 +115,25 @@ def open_model(
     threads: int | None = None,
     cache_dir: Path | None = None,
 ) -> Network:
-    """`open_network` for a graph in memory. The graph's input gets the fixed shape, in place."""
+    """`open_network` for a graph in memory, which `prepare` may have seen already."""
     runtime = choose_runtime(runtime)
     threads = usable_cores() if threads is None else threads
-    fix_shape(model, patch_shape)
-    serialized = model.SerializeToString()
+    serialized = prepare(model, runtime=runtime, patch_shape=patch_shape).SerializeToString()
     if runtime == OPENVINO:
         return _OpenVino(serialized, threads, cache_dir)
     return _OnnxRuntime(serialized, threads, cuda=runtime == ONNXRUNTIME_CUDA)
+
+
+def prepare(model: onnx.ModelProto, *, runtime: str, patch_shape: tuple[int, ...]) -> onnx.ModelProto:
+    """The graph as a runtime will be given it. Its input gets the fixed shape, in place.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the graph's own fixed dimensions say otherwise.
+    """
+    fix_shape(model, patch_shape)
+    return widen(model, vector_lanes()) if runtime == OPENVINO else model
 
 
 def fix_shape(model: onnx.ModelProto, shape: Sequence[int]) -> None:
@@ -186,7 +198,10 @@ class _OpenVino:
 
     def __call__(self, patch: NDArray[np.float32]) -> NDArray[np.float32]:
         results = self._request.infer([patch], share_inputs=True, share_outputs=True)
-        return np.asarray(results[0])
+        output = np.asarray(results[0])
+        if output.ndim == 4:  # a widened network gives channels innermost
+            return np.moveaxis(output, -1, 0)[None]
+        return output
 
     def close(self) -> None:
         del self._request, self._compiled

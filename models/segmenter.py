@@ -102,8 +102,7 @@ class Segmenter:
         self._activation_bytes = 0
         self._networks = []
         while models:  # each graph is dropped once its runtime has it: a large one is not held twice
-            model = models.pop(0)
-            runtimes.fix_shape(model, shape)
+            model = runtimes.prepare(models.pop(0), runtime=self.runtime_name, patch_shape=shape)
             self._activation_bytes += activation_bytes(model, self.runtime_name)
             self._networks.append(
                 runtimes.open_model(

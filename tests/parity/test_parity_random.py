@@ -10,6 +10,7 @@ import pytest
 from nnunet_reference import PLAIN, FolderOfWeights, ReferenceModel, reference_model
 from numpy.typing import NDArray
 
+from models import lanes, runtimes
 from models.runtimes import available_runtimes
 from models.segmenter import Segmenter
 from models.volume import Volume
@@ -73,7 +74,18 @@ def case(
     return model.export(tmp_path_factory.mktemp("parity")), image, spacing, reference
 
 
-@pytest.mark.parametrize("runtime", [r for r in ("openvino", "onnxruntime") if r in available_runtimes()])
+@pytest.fixture(params=["openvino", "openvino, widened", "onnxruntime"])
+def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A runtime; also one whose narrow layers are widened, as they are in networks of a real size."""
+    name, _, widened = str(request.param).partition(", ")
+    if name not in available_runtimes():
+        pytest.skip(f"{name} is not installed")
+    if widened:
+        monkeypatch.setattr(lanes, "_LEAST_VOXELS", 1)
+        monkeypatch.setattr(runtimes, "vector_lanes", lambda: 16)
+    return name
+
+
 def test_equal_to_nnunet_with_float32_sums(
     case: tuple[FolderOfWeights, NDArray[np.float32], tuple[float, ...], NDArray[Any]],
     runtime: str,
