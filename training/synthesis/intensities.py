@@ -51,9 +51,9 @@ def draw_intensities(
         tissue_stds = np.abs(np.asarray(rng.normal(table.t1_stds[0], table.t1_stds[1])))
     else:
         tissue_means, tissue_stds = rng.uniform(5, 220, n_tissues), rng.uniform(3, 30, n_tissues)
-        for tissue, typical in _TYPICAL[contrast].items():
-            tissue_means[tissue] = rng.normal(typical, _TYPICAL_SD)
-            tissue_stds[tissue] = rng.uniform(3, 14)
+        known = list(_TYPICAL[contrast])
+        tissue_means[known] = rng.normal(list(_TYPICAL[contrast].values()), _TYPICAL_SD)
+        tissue_stds[known] = rng.uniform(3, 14, len(known))
     own = rng.normal(0.0, 4.0, n_classes)[table.random_class]
     # The priors' deviations hold noise and partial volume of the scans that they were measured on; a part of
     # that comes again from the acquisition, so only a share of it is drawn here.
