@@ -5,7 +5,8 @@ from __future__ import annotations
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +31,7 @@ class StoredObject:
 
 
 class StorageScp:
-    """Listens on a free port of the loopback interface, from ``with`` to its end.
+    """Listens on a free port of the loopback interface, or where it is told, from ``with`` to its end.
 
     Parameters
     ----------
@@ -62,6 +63,7 @@ class StorageScp:
         require_called_ae_title: bool = False,
         port: int = 0,
         ssl_context: ssl.SSLContext | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         self.objects: list[StoredObject] = []
         self.attempts = 0
@@ -72,6 +74,7 @@ class StorageScp:
         self._abort_on = abort_on
         self._lock = threading.Lock()
         self._port = port
+        self._host = host
         self._ssl_context = ssl_context
         self._entity = AE(ae_title=ae_title)
         self._entity.require_called_aet = require_called_ae_title
@@ -84,7 +87,7 @@ class StorageScp:
 
     def __enter__(self) -> Self:
         self._server = self._entity.start_server(
-            ("127.0.0.1", self._port),
+            (self._host, self._port),
             block=False,
             ssl_context=self._ssl_context,
             evt_handlers=[
@@ -99,6 +102,16 @@ class StorageScp:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         self._entity.shutdown()
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Not there until the block ends; it must have a port of its own for that."""
+        assert self._port, "give it a port, so that it comes back where it was"
+        self._entity.shutdown()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     @property
     def port(self) -> int:
