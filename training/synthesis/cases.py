@@ -48,7 +48,7 @@ def write_cases(
     *,
     count: int,
     seed: int,
-    shape: tuple[int, int, int] = WHOLE_HEAD,
+    shape: tuple[int, int, int],
     spacing_mm: float = 1.0,
 ) -> list[str]:
     """Write ``images/<case>.nii.gz`` and ``labels/<case>.nii.gz``, RAS, and return the cases' names."""
@@ -107,7 +107,9 @@ def main() -> None:
     maps = LabelMapFolder(arguments.maps)
     names = read_split(arguments.split, arguments.list, arguments.list)["train"]
     if arguments.picture is None:
-        write_cases(maps, names, arguments.folder, count=arguments.count, seed=arguments.seed)
+        write_cases(
+            maps, names, arguments.folder, count=arguments.count, seed=arguments.seed, shape=WHOLE_HEAD
+        )
         return
     generator = Generator(
         maps.read_all(names),

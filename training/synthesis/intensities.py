@@ -43,7 +43,7 @@ def draw_intensities(
             air = table.random_class[table.numbers == 0]
             means[air], stds[air] = rng.uniform(0, 20), rng.uniform(0, 8)
         return means[table.random_class], stds[table.random_class]
-    n_tissues = table.t1_means.shape[1]
+    n_tissues = int(table.t1_means.shape[1])
     tissue_means: NDArray[np.float64]
     tissue_stds: NDArray[np.float64]
     if contrast == "t1":

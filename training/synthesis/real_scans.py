@@ -114,7 +114,8 @@ def tissue_dice(
     ):
         values = [label.value for label in labels if any(word in label.name for word in words)]
         mask = np.isin(labelmap.array, values)
-        result[name] = round(float(2 * (mask & reference).sum() / (mask.sum() + reference.sum())), 4)
+        total = int(mask.sum()) + int(reference.sum())
+        result[name] = round(2 * int((mask & reference).sum()) / total, 4) if total else 0.0
     return result
 
 
