@@ -75,9 +75,9 @@ def draw_samples(samples: Sequence[Sample], path: Path) -> Path:
     for i, sample in enumerate(samples):
         axis = i % 3
         plane = sample.image.shape[axis] // 2
-        grid[0, i].imshow(sample.image.select(axis, plane), cmap="gray", origin="lower")
+        grid[0, i].imshow(sample.image.select(axis, plane).numpy(), cmap="gray", origin="lower")
         grid[1, i].imshow(
-            sample.labels.select(axis, plane),
+            sample.labels.select(axis, plane).numpy(),
             cmap=colours,
             origin="lower",
             vmin=0,
