@@ -136,6 +136,19 @@ def integer(dataset: Dataset, keyword: str) -> int | None:
     return int(number) if math.isfinite(number) and number == int(number) else None
 
 
+def signless(dataset: Dataset, keyword: str) -> int | None:
+    """The first value of an element of two bytes (US or SS), as a number from 0 to 65535."""
+    element = _element(dataset, keyword)
+    value = element.value if element is not None else None
+    if isinstance(value, bytes):
+        return (
+            int.from_bytes(value[:2], "little" if element.is_little_endian else "big")
+            if len(value) > 1
+            else None
+        )
+    return value & 0xFFFF if isinstance(value, int) else None
+
+
 def real(dataset: Dataset, keyword: str) -> float | None:
     """The first value of a numeric element of any VR (DS, IS, FD, FL, US, ...); None where not finite."""
     element = _element(dataset, keyword)

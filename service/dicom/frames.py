@@ -26,7 +26,7 @@ class Frame:
     ``number`` counts the frames of its instance from 1. ``position_mm`` is the centre of the first pixel,
     ``row`` and ``column`` are the direction cosines of increasing column and row index (LPS);
     ``pixel_spacing_mm`` is (between rows, between columns). Stored values times ``slope`` plus
-    ``intercept`` are the values of the image.
+    ``intercept`` are the values of the image; ``rescaled`` says whether the frame states them.
     """
 
     instance: Instance
@@ -38,6 +38,8 @@ class Frame:
     slice_thickness_mm: float | None
     slope: float
     intercept: float
+    rescaled: bool
+    rescale_type: str | None
     shared: Dataset | None
     own: Dataset | None
 
@@ -122,7 +124,7 @@ def _frame(instance: Instance, number: int, shared: Dataset | None, own: Dataset
 
     orientation = find("PlaneOrientationSequence", "ImageOrientationPatient", 6)
     measures = _group(shared, own, "PixelMeasuresSequence")
-    slope, intercept = _rescale(instance, shared, own)
+    scale = _scale(instance, shared, own)
     return Frame(
         instance=instance,
         number=number,
@@ -131,8 +133,10 @@ def _frame(instance: Instance, number: int, shared: Dataset | None, own: Dataset
         column=orientation[3:],
         pixel_spacing_mm=find("PixelMeasuresSequence", "PixelSpacing", 2),
         slice_thickness_mm=_slice_thickness(header if own is None else measures),
-        slope=slope,
-        intercept=intercept,
+        slope=_number(scale, "RescaleSlope", 1.0, instance),
+        intercept=_number(scale, "RescaleIntercept", 0.0, instance),
+        rescaled=string(scale, "RescaleIntercept") is not None,
+        rescale_type=string(scale, "RescaleType"),
         shared=shared,
         own=own,
     )
@@ -143,7 +147,8 @@ def _slice_thickness(source: Dataset | None) -> float | None:
     return value if value is not None and value > 0 else None
 
 
-def _rescale(instance: Instance, shared: Dataset | None, own: Dataset | None) -> tuple[float, float]:
+def _scale(instance: Instance, shared: Dataset | None, own: Dataset | None) -> Dataset:
+    """Where a frame states how its values are rescaled."""
     header = instance.header
     source = header if own is None else _group(shared, own, "PixelValueTransformationSequence")
     if "ModalityLUTSequence" in header:
@@ -152,9 +157,7 @@ def _rescale(instance: Instance, shared: Dataset | None, own: Dataset | None) ->
             f"{_upper(instance.label)} maps its values through a Modality LUT, which is not supported.",
             remedy="Send a series whose values are rescaled by slope and intercept.",
         )
-    if source is None:
-        source = header  # written by several vendors next to functional groups that lack the macro
-    return _number(source, "RescaleSlope", 1.0, instance), _number(source, "RescaleIntercept", 0.0, instance)
+    return source if source is not None else header  # several vendors write it there where the macro lacks
 
 
 def _number(source: Dataset, keyword: str, default: float, instance: Instance) -> float:

@@ -39,7 +39,8 @@ class GeometryPolicy:
     spacing_mm : float
         ... and in millimetres; the smaller counts. Positions rounded to 0.1 mm are within both.
     in_plane_mm : float
-        Largest sideways distance of a slice from the line through first and last slice.
+        Largest sideways distance of a slice from the line through first and last slice, and of the last
+        from the normal through the first before the stack counts as tilted.
     duplicate_mm : float
         Slices closer than this lie at the same place.
     pixel_spacing_fraction : float
@@ -231,8 +232,9 @@ def _tilt_degrees(
     """The angle between the normal and the line through the slices; 0 where it is within tolerance."""
     run = positions[-1] - positions[0]
     height = along[-1] - along[0]
-    angle = float(np.degrees(np.arctan2(np.linalg.norm(run - height * normal), height)))
-    if angle <= policy.tilt_degrees:
+    sideways_mm = float(np.linalg.norm(run - height * normal))
+    angle = float(np.degrees(np.arctan2(sideways_mm, height)))
+    if angle <= policy.tilt_degrees or sideways_mm <= policy.in_plane_mm:  # so much is made by rounding
         return 0.0
     if policy.gantry_tilt == "refuse" or angle > policy.largest_tilt_degrees:
         gaps = _missing_places(along, policy)

@@ -38,7 +38,9 @@ _WANTED = [Tag(keyword) for keyword in (
     "SamplesPerPixel",
     "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
     "RescaleSlope",
-    "RescaleIntercept", "ModalityLUTSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "ConcatenationUID", "InConcatenationTotalNumber", "NumberOfSlices",
+    "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
     # what tells volumes of one series apart
     "EchoTime", "EchoNumbers", "InversionTime", "RepetitionTime", "FlipAngle", "DiffusionBValue",
     "TemporalPositionIdentifier", "TriggerTime", "NominalPercentageOfCardiacPhase", "FrameReferenceTime",

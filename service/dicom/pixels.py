@@ -37,7 +37,7 @@ from pydicom.uid import (
 
 from models.errors import ReasonCode, Refusal
 from service.dicom.codestreams import jpeg2000_frame_header, jpeg_frame_header
-from service.dicom.elements import PARSE_ERRORS, decimal, integer, quiet, raw, string
+from service.dicom.elements import PARSE_ERRORS, decimal, integer, quiet, raw, signless, string
 from service.dicom.instances import Instance
 from service.dicom.jpeg import decode_jpeg
 
@@ -150,6 +150,19 @@ def lossy_ratio(instance: Instance, form: PixelFormat) -> str:
         size = form.rows * form.columns * form.bits_allocated // 8 * count
         stated = size / max(instance.path.stat().st_size, 1)
     return f"{max(stated, 1.0):.4g}"
+
+
+def padding_range(instance: Instance, form: PixelFormat) -> tuple[int, int] | None:
+    """Lowest and highest stored value that stand for no measurement; None where none does.
+
+    The elements have the sign of the pixels (PS3.3 C.7.5.1.1.2), whatever VR they were written in.
+    """
+    stated = [signless(instance.header, k) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if stated[0] is None:
+        return None
+    sign = 1 << 15 if form.signed else 0
+    ends = [(number ^ sign) - sign for number in stated if number is not None]
+    return min(ends), max(ends)
 
 
 def stored_frames(

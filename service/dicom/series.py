@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,41 +12,24 @@ from pydicom.dataset import Dataset
 
 from models.errors import ReasonCode, Refusal
 from models.volume import Volume
-from service.dicom.elements import string, strings, uid
-from service.dicom.frames import Frame, frame_count, frames_of, has_plane
-from service.dicom.geometry import GeometryPolicy, Grid, regular_grid
+from service.dicom.elements import string, uid
+from service.dicom.frames import frames_of
+from service.dicom.geometry import GeometryPolicy, regular_grid
 from service.dicom.identity import Identity, common_identity
 from service.dicom.instances import Instance, read_instance
-from service.dicom.pixels import PixelFormat, is_lossy, lossy_method, lossy_ratio, stored_frames
+from service.dicom.pixels import PixelFormat, is_lossy, lossy_method, lossy_ratio
+from service.dicom.selection import (
+    images_of,
+    refuse_incomplete,
+    refuse_mosaics,
+    without_copies,
+    without_localizers,
+)
 from service.dicom.volumes import pick_volume
+from service.dicom.voxels import rescaled_volume
 from service.reading import VolumeRule
 
 __all__ = ["GeometryPolicy", "SourceSeries", "read_series"]
-
-_DERIVED = frozenset(
-    {
-        "1.2.840.10008.5.1.4.1.1.66.4",  # Segmentation
-        "1.2.840.10008.5.1.4.1.1.66.7",  # Label Map Segmentation
-        "1.2.840.10008.5.1.4.1.1.30",  # Parametric Map
-        "1.2.840.10008.5.1.4.1.1.481.2",  # RT Dose
-    }
-)
-"""Objects that have pixels and a plane, and are nevertheless no images of the series."""
-
-_PLANAR = frozenset(
-    {
-        "1.2.840.10008.5.1.4.1.1.2",  # CT
-        "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT
-        "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT
-        "1.2.840.10008.5.1.4.1.1.4",  # MR
-        "1.2.840.10008.5.1.4.1.1.4.1",  # Enhanced MR
-        "1.2.840.10008.5.1.4.1.1.4.4",  # Legacy Converted Enhanced MR
-        "1.2.840.10008.5.1.4.1.1.128",  # PET
-        "1.2.840.10008.5.1.4.1.1.128.1",  # Legacy Converted Enhanced PET
-        "1.2.840.10008.5.1.4.1.1.130",  # Enhanced PET
-    }
-)
-"""Classes whose every instance must state its plane: one that does not may not be passed over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +127,12 @@ def read_series(
         for ordinal, path in enumerate(paths, 1)
     ]
     warnings: list[str] = []
-    images = _images(instances, policy, warnings)
+    images = images_of(instances, non_image=policy.non_image, warnings=warnings)
     identity = _one_identity(images, policy)
     frame_of_reference_uid = _one_frame_of_reference(images)
-    images = _without_localizers(_without_copies(images, warnings), warnings)
-    _refuse_mosaic(images)
+    images = without_localizers(without_copies(images, warnings), warnings)
+    refuse_mosaics(images)
+    refuse_incomplete(images)
 
     frames = [f for image in images for f in frames_of(image, limit_frames=policy.limit_frames)]
     if volume is not None:
@@ -166,7 +148,7 @@ def read_series(
         )
     shapes = [(forms[f.instance].rows, forms[f.instance].columns) for f in frames]
     grid = regular_grid(frames, shapes, policy)
-    array = _decode(grid, forms, warnings)
+    array = rescaled_volume(grid, forms, warnings)
 
     ordered = tuple(dict.fromkeys(frame.instance for frame in grid.frames))
     lossy = [instance for instance in ordered if is_lossy(instance)]
@@ -190,40 +172,6 @@ def read_series(
         tilt_degrees=grid.tilt_degrees,
         warnings=tuple(warnings),
     )
-
-
-def _images(instances: list[Instance], policy: GeometryPolicy, warnings: list[str]) -> list[Instance]:
-    """The instances that are images of the patient; the others are passed over with a warning."""
-    images, others = [], []
-    for instance in instances:
-        sop_class = string(instance.header, "SOPClassUID") or ""
-        planar = has_plane(instance.header)
-        says_nothing = not sop_class and instance.pixels_at is None
-        if sop_class in _DERIVED or not (sop_class in _PLANAR or planar or says_nothing):
-            others.append(instance)
-        elif instance.pixels_at is None:
-            raise Refusal(
-                ReasonCode.UNREADABLE,
-                f"{_upper(instance.label)} has no pixel data: it is damaged or cut short.",
-                remedy="Send the study again; if it fails once more, the image is damaged at its source.",
-            )
-        elif not planar:
-            raise Refusal(
-                ReasonCode.NOT_A_VOLUME,
-                f"{_upper(instance.label)} does not state its place in the patient.",
-                remedy="Route a series that holds one stack of parallel slices.",
-            )
-        else:
-            images.append(instance)
-    if others and (policy.non_image == "refuse" or not images):
-        raise Refusal(
-            ReasonCode.NOT_A_VOLUME,
-            f"{len(others)} of {len(instances)} objects hold no plane of the patient.",
-            remedy="Route a series that holds one stack of parallel slices.",
-        )
-    if others:
-        warnings.append(f"Left out: {len(others)} of {len(instances)} objects, which hold no plane.")
-    return images
 
 
 def _one_identity(images: list[Instance], policy: GeometryPolicy) -> Identity:
@@ -257,92 +205,3 @@ def _one_frame_of_reference(images: list[Instance]) -> str | None:
             remedy="Route a series that holds one stack of parallel slices.",
         )
     return uids.pop()
-
-
-def _without_copies(images: list[Instance], warnings: list[str]) -> list[Instance]:
-    """Drop files that repeat an instance; the same UID on different images is refused."""
-    first: dict[str, Instance] = {}
-    kept = []
-    for image in images:
-        uid = image.sop_instance_uid
-        earlier = first.setdefault(uid, image) if uid else image
-        if earlier is image:
-            kept.append(image)
-        elif _content(earlier) != _content(image):
-            raise Refusal(
-                ReasonCode.IDENTITY_CONFLICT,
-                f"{_upper(earlier.label)} and {image.label} have the same SOP Instance UID, "
-                "but are different images.",
-                remedy="Send the study again from its original source.",
-            )
-    if len(kept) < len(images):
-        warnings.append(f"Left out: {len(images) - len(kept)} files that repeat another image.")
-    return kept
-
-
-def _content(image: Instance) -> tuple[object, ...]:
-    place = (strings(image.header, k) for k in ("ImagePositionPatient", "ImageOrientationPatient"))
-    return (*(tuple(p) for p in place), sha256(image.read_pixel_element()[0]).digest())
-
-
-def _without_localizers(images: list[Instance], warnings: list[str]) -> list[Instance]:
-    """Drop scout images that a scanner stored inside the series of its slices."""
-    scouts = [image for image in images if "LOCALIZER" in strings(image.header, "ImageType")]
-    if not scouts or len(scouts) == len(images):
-        return images
-    warnings.append(f"Left out: {len(scouts)} of {len(images)} images, which are localizers.")
-    return [image for image in images if image not in scouts]
-
-
-def _refuse_mosaic(images: list[Instance]) -> None:
-    mosaics = sum("MOSAIC" in strings(image.header, "ImageType") for image in images)
-    if mosaics:
-        raise Refusal(
-            ReasonCode.NOT_A_VOLUME,
-            f"{mosaics} of {len(images)} images are mosaics that tile many slices into one plane.",
-            remedy="Send the series as enhanced multi-frame or as single slices.",
-        )
-
-
-def _decode(grid: Grid, forms: dict[Instance, PixelFormat], warnings: list[str]) -> NDArray[np.float32]:
-    """The rescaled values of every frame at its place: (Z, Y, X) float32."""
-    array = np.empty(grid.shape_zyx, np.float32)
-    wanted: dict[Instance, dict[int, tuple[int, Frame]]] = {}
-    for z, frame in enumerate(grid.frames):
-        wanted.setdefault(frame.instance, {})[frame.number] = (z, frame)
-    cleared = 0
-    for instance, places in wanted.items():
-        for number, plane, was_cleared in stored_frames(
-            instance, forms[instance], frame_count(instance), places
-        ):
-            z, frame = places[number]
-            _rescale(plane, frame, array[z])
-            cleared += was_cleared
-    if cleared:
-        warnings.append(f"Bits outside Bits Stored were cleared in {cleared} of {len(array)} slices.")
-    low, high = float(array.min()), float(array.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise Refusal(
-            ReasonCode.INVALID_VALUES,
-            "Some voxels are not finite numbers after rescaling.",
-            remedy="Send the study again from its original source.",
-        )
-    if low == high:
-        raise Refusal(
-            ReasonCode.INVALID_VALUES,
-            f"Every voxel has the same value ({low:g}).",
-            remedy="Route a series that holds an image.",
-        )
-    return array
-
-
-def _rescale(plane: NDArray[Any], frame: Frame, out: NDArray[np.float32]) -> None:
-    if frame.slope == 1.0 and frame.intercept == 0.0:
-        out[...] = plane
-        return
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused with the volume
-        out[...] = plane * np.float64(frame.slope) + np.float64(frame.intercept)  # each value rounded once
-
-
-def _upper(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]

@@ -52,7 +52,7 @@ def pick_volume(frames: Sequence[Frame], rule: VolumeRule) -> tuple[list[Frame],
     others = [frame for frame, value in zip(frames, values, strict=True) if value not in chosen]
     if not others:
         return picked, None
-    without = _places_without(picked, others)
+    without = 0 if rule.by == "StackID" else _places_without(picked, others)  # a stack is one by its nature
     which = f"{rule.by} {' and '.join(text_of(value) for value in sorted(chosen, key=_order))}"
     if without:
         raise Refusal(
