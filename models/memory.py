@@ -12,6 +12,7 @@ from models.runtimes import OPENVINO
 _IN_PLACE = frozenset(
     {"LeakyRelu", "Relu", "Add", "InstanceNormalization", "QuantizeLinear", "DequantizeLinear"}
 )
+_VIEWS = frozenset({"Reshape", "Transpose"})  # as `models.lanes` uses them, the same memory seen otherwise
 _BYTES = {onnx.TensorProto.INT8: 1, onnx.TensorProto.UINT8: 1}
 
 
@@ -41,12 +42,18 @@ def activation_bytes(model: onnx.ModelProto, runtime: str = OPENVINO) -> int:
             size[node.output[0]] = size.get(node.input[0], 0)
     for stored in graph.initializer:  # weights are in memory anyway
         size[stored.name] = 0
-    readers: Counter[str] = Counter(name for node in graph.node for name in node.input)
-    readers.update(output.name for output in graph.output)
+    source: dict[str, str] = {}  # of what is only seen otherwise: the tensor that it is
+    for node in graph.node:
+        if node.op_type in _VIEWS:
+            source[node.output[0]] = source.get(node.input[0], node.input[0])
+    nodes = [node for node in graph.node if node.op_type not in _VIEWS]
+    inputs = [[source.get(name, name) for name in node.input] for node in nodes]
+    readers: Counter[str] = Counter(name for names in inputs for name in names)
+    readers.update(source.get(output.name, output.name) for output in graph.output)
     live = {value.name: size[value.name] for value in graph.input if value.name in size}
     most = sum(live.values())
-    for node in graph.node:
-        reads = [name for name in node.input if name in live]
+    for node, names in zip(nodes, inputs, strict=True):
+        reads = [name for name in names if name in live]
         free = [name for name in reads if readers[name] == 1]
         reused = max((live[name] for name in free), default=0) if node.op_type in _IN_PLACE else 0
         written = sum(size.get(name, 0) for name in node.output)

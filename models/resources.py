@@ -47,8 +47,7 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
 
     Page cache that can be dropped counts as available, as it does in the kernel's own ``MemAvailable``.
     """
-    meminfo = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in meminfo else 2**63
+    free = _of_machine("MemAvailable", root)
     for folder in _group_folders("memory", root):
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         usage = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
@@ -59,6 +58,16 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
         droppable = stat.get("total_inactive_file", stat.get("inactive_file", 0))
         free = min(free, max(0, int(limit) - int(usage) + droppable))
     return free
+
+
+def memory_limit_bytes(root: Path = _ROOT) -> int:
+    """Memory in bytes that this process could ever hold: the machine's, cut by its control groups' limits."""
+    limit = _of_machine("MemTotal", root)
+    for folder in _group_folders("memory", root):
+        given = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+        if given.isdigit():
+            limit = min(limit, int(given))
+    return limit
 
 
 def resident_bytes() -> int:
@@ -83,6 +92,12 @@ def give_back_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _of_machine(field: str, root: Path) -> int:
+    """A field of /proc/meminfo in bytes; more than there is where the kernel does not tell."""
+    meminfo = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
+    return int(meminfo[field].split()[0]) * 1024 if field in meminfo else 2**63
 
 
 def _group_folders(controller: str, root: Path) -> Iterator[Path]:

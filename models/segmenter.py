@@ -24,6 +24,7 @@ from models.resampling import Triple, check_logits_resampling
 from models.resources import (
     available_memory_bytes,
     give_back_freed_memory,
+    memory_limit_bytes,
     resident_bytes,
     usable_cores,
 )
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from models.bundle import Bundle
 
 PREPROCESS, FORWARD, EXPORT = "preprocess", "forward", "export"
+
+_ESTIMATE_MARGIN = 1.2
+"""The estimate of memory is right within a fifth; so much is kept, that the kernel never has to kill."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Segmenter:
         Cores to keep busy; all that the control group allows if None.
     cache_dir : Path, optional
         Where compiled models and kernels are kept between starts.
+    memory_limit : int, optional
+        Bytes that this process may hold; what the control group and the machine allow if None.
 
     Raises
     ------
@@ -79,8 +85,10 @@ class Segmenter:
         precision: Precision | None = None,
         threads: int | None = None,
         cache_dir: Path | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         manifest = bundle.manifest
+        self._memory_limit = memory_limit
         self.manifest = manifest
         self.precision = manifest.precision if precision is None else precision
         self.runtime_name = runtimes.choose_runtime(runtime)
@@ -143,9 +151,10 @@ class Segmenter:
         Raises
         ------
         Refusal
-            INVALID_VALUES, MISSING_CHANNEL or OUT_OF_LIMITS; see `models.preprocessing`.
+            INVALID_VALUES, MISSING_CHANNEL or OUT_OF_LIMITS; see `models.preprocessing`. OUT_OF_LIMITS too
+            for a volume that would not fit in this process's memory if it had the machine to itself.
         OutOfMemoryError
-            If the volume would not fit in the memory that is free now.
+            If the volume would fit, but not in the memory that is free now.
         NonFiniteLogitsError
             If the network gives infinity or not a number.
         """
@@ -233,7 +242,16 @@ class Segmenter:
 
     def _check_memory(self, placement: Placement) -> None:
         """Refuse now what would be killed later."""
-        needed = self._peak_bytes(placement) - resident_bytes()
+        peak = round(_ESTIMATE_MARGIN * self._peak_bytes(placement))
+        limit = min(memory_limit_bytes(), self._memory_limit or 2**63)
+        if peak > limit:
+            raise Refusal(
+                ReasonCode.OUT_OF_LIMITS,
+                f"This volume takes up to {peak / 1e9:.1f} GB of memory, but the limit is"
+                f" {limit / 1e9:.1f} GB.",
+                remedy="Run it on a node with more memory, or crop the volume.",
+            )
+        needed = peak - resident_bytes()
         available = available_memory_bytes()
         if needed > available:
             raise OutOfMemoryError(

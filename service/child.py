@@ -83,7 +83,11 @@ def open_model(opening: OpenModel) -> tuple[Bundle, Segmenter]:
             remedy="Look for who changes files in the models folder; add the model again.",
         )
     return bundle, Segmenter(
-        bundle, runtime=opening.runtime, threads=opening.threads, cache_dir=opening.cache_dir
+        bundle,
+        runtime=opening.runtime,
+        threads=opening.threads,
+        cache_dir=opening.cache_dir,
+        memory_limit=opening.memory_bytes,
     )
 
 

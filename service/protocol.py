@@ -40,6 +40,7 @@ class OpenModel(_Line):
     runtime: str
     threads: int | None = None
     cache_dir: Path | None = None
+    memory_bytes: int | None = None  # the most it may hold; what the machine allows if None
     log_level: str = "INFO"
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.resources import available_memory_bytes, peak_resident_bytes, resident_bytes, usable_cores
+from models.resources import (
+    available_memory_bytes,
+    memory_limit_bytes,
+    peak_resident_bytes,
+    resident_bytes,
+    usable_cores,
+    vector_lanes,
+)
 
 GIB = 2**30
 
@@ -129,3 +136,27 @@ def test_the_peak_stays_when_the_memory_is_given_back() -> None:
     assert held > 64 * 2**20
     assert peak_resident_bytes() >= held - slack
     assert resident_bytes() < held - 32 * 2**20
+
+
+def test_the_limit_is_the_machines_or_the_smallest_of_its_groups(tmp_path: Path) -> None:
+    assert memory_limit_bytes(files(tmp_path / "bare", MEMINFO)) == 16 * GIB
+    second = MEMINFO | {
+        "proc/self/cgroup": "0::/outer/inner\n",
+        "sys/fs/cgroup/outer/memory.max": str(3 * GIB),
+        "sys/fs/cgroup/outer/inner/memory.max": "max",
+    }
+    assert memory_limit_bytes(files(tmp_path / "second", second)) == 3 * GIB
+    first = MEMINFO | {
+        "proc/self/cgroup": "4:memory:/box\n",
+        "sys/fs/cgroup/memory/box/memory.limit_in_bytes": str(2 * GIB),
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096),  # how version 1 says "none"
+    }
+    assert memory_limit_bytes(files(tmp_path / "first", first)) == 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "lanes"),
+    [("flags\t: fpu avx2 avx512f amx_bf16\n", 16), ("flags\t: fpu avx2\n", 8), ("Features\t: asimd\n", 8)],
+)
+def test_how_many_floats_a_vector_holds(tmp_path: Path, cpuinfo: str, lanes: int) -> None:
+    assert vector_lanes(files(tmp_path, {"proc/cpuinfo": "processor\t: 0\n" + cpuinfo})) == lanes

@@ -176,6 +176,63 @@ def test_a_volume_that_will_not_fit_is_refused_with_its_figures(
         model.segment(volume)
 
 
+def test_a_volume_that_could_never_fit_is_refused_for_good(
+    tmp_path: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the limit that is configured, or by the machine's: neither can be mended by waiting."""
+    folder = reference_model().export(tmp_path)
+    estimate = Segmenter(folder, threads=1).estimate_peak_bytes(volume.shape_zyx, (1, 1, 1))
+    Segmenter(folder, threads=1, memory_limit=2 * estimate).segment(volume)
+    sentence = rf"takes up to \d+\.\d GB of memory, but the limit is {estimate / 1e9:.1f} GB"
+    with pytest.raises(Refusal, match=sentence) as refusal:
+        Segmenter(folder, threads=1, memory_limit=estimate).segment(volume)
+    assert refusal.value.reason is ReasonCode.OUT_OF_LIMITS
+    monkeypatch.setattr(segmenter, "memory_limit_bytes", lambda: estimate)
+    with pytest.raises(Refusal, match=sentence):
+        Segmenter(folder, threads=1).segment(volume)
+
+
+JOBS = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from models.manifest import Manifest
+from models.resources import resident_bytes
+from models.segmenter import Segmenter
+from models.volume import Volume
+
+class Folder:
+    manifest = Manifest.model_validate_json(Path(sys.argv[1], "model.json").read_bytes())
+    def weight_paths(self, precision):
+        return (Path(sys.argv[1], "fold0.onnx"),)
+
+segmenter, random, resident = Segmenter(Folder(), threads=1), np.random.default_rng(0), []
+for job in range(200):
+    shape = random.integers(10, 30, 3)
+    segmenter.segment(Volume(random.random((1, *shape), np.float32), np.diag([1.0, 0.9, 1.1, 1.0])))
+    resident.append(resident_bytes())
+print(json.dumps(resident))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_stays_flat_over_two_hundred_jobs(tmp_path: Path) -> None:
+    """Volumes of all sizes; the last hundred jobs may add no more than noise to what the first have taken."""
+    folder = reference_model(features=(4, 8), n_labels=20).export(tmp_path)
+    (tmp_path / "model.json").write_text(folder.manifest.model_dump_json())
+    out = subprocess.run(
+        [sys.executable, "-c", JOBS, str(tmp_path)],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    resident = np.array(json.loads(out.stdout))
+    assert len(resident) == 200
+    slope_bytes = np.polyfit(np.arange(100), resident[100:], 1)[0]
+    assert slope_bytes < 20_000  # one small volume kept for each job would be 30,000; its logits a million
+    assert resident[100:].max() < resident[50:100].max() + 4 * 2**20
+
+
 def test_the_estimate_grows_with_what_is_held_and_not_with_labels_times_volume(
     tmp_path: Path,
 ) -> None:
