@@ -319,9 +319,10 @@ class TestRuns:
 
 
 class TestRecipes:
-    def test_every_brain_recipe_parses_and_shares_data_seed_and_budget(self) -> None:
-        recipes = [load_recipe(p) for p in sorted(RECIPES.glob("brain-*-2mm.yaml"))]
-        assert len(recipes) >= 7
+    @pytest.mark.parametrize("spacing", sorted(PLANS))
+    def test_every_brain_recipe_parses_and_shares_data_seed_and_budget(self, spacing: str) -> None:
+        recipes = [load_recipe(p) for p in sorted(RECIPES.glob(f"brain-*-{spacing}.yaml"))]
+        assert {"none", "logits", "dcd", "dcd + logits"} <= {r.method for r in recipes}
         assert len({(r.data, r.training) for r in recipes}) == 1
         assert all(r.data.synthesis is not None for r in recipes)
 
