@@ -32,6 +32,8 @@ MINIMUM_ROLE: dict[str, Role] = {
     "read_measurements": Role.UPLOADER,
     "read_report": Role.UPLOADER,
     "read_capture": Role.UPLOADER,
+    "list_results": Role.UPLOADER,
+    "read_result": Role.UPLOADER,
     "read_preview": Role.UPLOADER,
     "delete_segmentation": Role.UPLOADER,  # one's own; another's takes an admin
     "list_studies": Role.OPERATOR,

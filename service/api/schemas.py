@@ -263,6 +263,8 @@ def segmentation(job: Job) -> Segmentation:
     own = segmentation_path(job.job_id)
     names = [_LINK_OF_KIND[kind] for kind in _LINK_OF_KIND if any(r.kind is kind for r in job.results)]
     links = {"self": own} | {name.partition(".")[0]: f"{own}/{name}" for name in names}
+    if job.results:
+        links["results"] = f"{own}/results"
     reason = None
     if job.reason_code is not None:
         reason = Reason(code=job.reason_code, sentence=job.reason or "", remedy=job.remedy or "")

@@ -16,6 +16,7 @@ from service.api.access import Caller, CallerDep, check_role, visible_job
 from service.api.multipart import declared_length, receive_form
 from service.api.paging import Identifier
 from service.api.problem import RETRY_AFTER_S, ProblemError, problem_responses
+from service.api.results import ResultDocument, result_document
 from service.api.schemas import DeletedDocument, Segmentation, segmentation, segmentation_path
 from service.api.state import ApiState, State
 from service.deletion import delete_job
@@ -174,7 +175,8 @@ def read_labelmap(job_id: Identifier, state: State, caller: CallerDep) -> FileRe
 def read_segmentation_object(job_id: Identifier, state: State, caller: CallerDep) -> FileResponse:
     """The DICOM-SEG, where the input was DICOM and something was found.
 
-    Where destinations have profiles of their own it is the first object of the first of them.
+    Where there are several, for destinations with profiles of their own or one for each label, it is the
+    first; `/segmentations/{job_id}/results` lists them all.
     """
     return _result_file(state, caller, job_id, ResultKind.SEGMENTATION)
 
@@ -219,6 +221,52 @@ def read_preview(job_id: Identifier, state: State, caller: CallerDep) -> FileRes
     return _result_file(state, caller, job_id, ResultKind.PREVIEW)
 
 
+@router.get("/segmentations/{job_id}/results", responses=problem_responses(404, 409))
+def list_results(job_id: Identifier, state: State, caller: CallerDep) -> list[ResultDocument]:
+    """Every file that the job has made: one segmentation for each label, say, where a destination takes that.
+
+    The order is that of the profiles and labels; the first segmentation is the one that
+    `/segmentations/{job_id}/segmentation` gives.
+    """
+    with state.records.read() as session:
+        job = visible_job(session, caller, job_id)
+        if job.state is not JobState.SUCCEEDED:
+            raise _no_result_yet(job)
+        return [result_document(each, state.spool, _media_type(each.kind)) for each in job.results]
+
+
+@router.get(
+    "/segmentations/{job_id}/results/{result_id}",
+    response_class=FileResponse,
+    responses={
+        200: {
+            "description": "The file",
+            "content": {
+                kind: {"schema": {"type": "string", "format": "binary"}}
+                for kind in sorted(set(_MEDIA_TYPE.values()))
+            },
+            "headers": {"Repr-Digest": {"schema": {"type": "string"}, "description": "SHA-256, RFC 9530."}},
+        },
+        **problem_responses(404, 409, 410),
+    },
+)
+def read_result(job_id: Identifier, result_id: Identifier, state: State, caller: CallerDep) -> FileResponse:
+    """One file that the job has made."""
+    with state.records.read() as session:
+        job = visible_job(session, caller, job_id)
+        if job.state is not JobState.SUCCEEDED:
+            raise _no_result_yet(job)
+        result = next((each for each in job.results if each.result_id == result_id), None)
+    if result is None:
+        raise ProblemError(
+            HTTPStatus.NOT_FOUND,
+            "NO_SUCH_RESULT",
+            f"Job {job_id} has no result {result_id}.",
+            remedy=f"{segmentation_path(job_id)}/results lists what it has.",
+        )
+    return _send(state, job_id, result)
+
+
 def _result_file(state: ApiState, caller: Caller, job_id: str, kind: ResultKind) -> FileResponse:
     with state.records.read() as session:
         job = visible_job(session, caller, job_id)
@@ -233,6 +281,10 @@ def _result_file(state: ApiState, caller: Caller, job_id: str, kind: ResultKind)
             remedy="Its links name what it has; a DICOM-SEG takes DICOM input in which something was found.",
         )
     return _send(state, job_id, result)
+
+
+def _media_type(kind: ResultKind) -> str:
+    return _MEDIA_TYPE.get(kind, "application/dicom")
 
 
 def _no_result_yet(job: Job) -> ProblemError:
@@ -265,8 +317,8 @@ def _send(state: ApiState, job_id: str, result: Result) -> FileResponse:
     digest = base64.b64encode(bytes.fromhex(result.sha256)).decode()
     return _WholeFile(
         path,
-        media_type=_MEDIA_TYPE[result.kind],
-        filename=f"{job_id}{_SUFFIX[result.kind]}",
+        media_type=_media_type(result.kind),
+        filename=f"{job_id}{_SUFFIX.get(result.kind, '.dcm')}",
         headers={"Repr-Digest": f"sha-256=:{digest}:"},
     )
 

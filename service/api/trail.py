@@ -25,6 +25,7 @@ READS = {
     "read_measurements": "result.read",
     "read_report": "result.read",
     "read_capture": "result.read",
+    "read_result": "result.read",
     "read_preview": "result.read",
     "list_events": "audit.read",
 }

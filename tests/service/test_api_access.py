@@ -31,6 +31,8 @@ OPERATIONS = [
     ("read_measurements", "GET", f"/api/v1/segmentations/{JOB}/measurements", "uploader"),
     ("read_report", "GET", f"/api/v1/segmentations/{JOB}/report", "uploader"),
     ("read_capture", "GET", f"/api/v1/segmentations/{JOB}/capture", "uploader"),
+    ("list_results", "GET", f"/api/v1/segmentations/{JOB}/results", "uploader"),
+    ("read_result", "GET", f"/api/v1/segmentations/{JOB}/results/{JOB}", "uploader"),
     ("read_preview", "GET", f"/api/v1/segmentations/{JOB}/preview.png", "uploader"),
     ("delete_segmentation", "DELETE", f"/api/v1/segmentations/{JOB}", "uploader"),
     ("list_studies", "GET", "/api/v1/studies", "operator"),

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import zipfile
 from datetime import timedelta
@@ -17,12 +18,14 @@ import nibabel
 import numpy as np
 import pytest
 from api_harness import STUDY, ApiHarness, assert_problem, nifti
+from findings import make_finding, phantom_source, rendered
 from phantom import STUDY_INSTANCE_UID, chiral_image, write_classic_series
 
 from service.api import multipart
 from service.records.database import Records
-from service.records.jobs import refuse_job
-from service.records.tables import Job, ResultKind
+from service.records.jobs import refuse_job, succeed_job
+from service.records.tables import Job, ResultKind, Role
+from service.records.work import NewResult, Outcome
 
 URL = "/api/v1/segmentations"
 
@@ -52,7 +55,7 @@ def test_results_are_offered_once_they_are_there(api: ApiHarness) -> None:
     assert job["model"] | {"requested_version": None} == job["model"]
     assert (job["model"]["version"], job["model"]["digest"]) == ("1.0.0", "d" * 64)
     assert job["summary"] == {"volumes_ml": {"low": 1.5}}
-    assert set(job["links"]) == {"self", "labelmap", "segmentation", "measurements"}
+    assert set(job["links"]) == {"self", "results", "labelmap", "segmentation", "measurements"}
     for kind, media_type, suffix in (
         (ResultKind.LABELMAP, "application/gzip", ".nii.gz"),
         (ResultKind.SEGMENTATION, "application/dicom", ".dcm"),
@@ -65,6 +68,42 @@ def test_results_are_offered_once_they_are_there(api: ApiHarness) -> None:
         digest = base64.b64encode(hashlib.sha256(contents[kind]).digest()).decode()
         assert response.headers["repr-digest"] == f"sha-256=:{digest}:"
         assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_every_object_of_a_job_is_listed_and_given(api: ApiHarness, tmp_path: Path) -> None:
+    job_id = api.enqueue(owner="uploader")
+    assert_problem(api.get(f"{URL}/{job_id}/results", key="uploader"), 409, "RESULT_NOT_READY")
+    files = rendered(make_finding(phantom_source(tmp_path / "source")), tmp_path / "out", one_per_label=True)
+    job = api.claim(job_id)
+    folder = api.spool.results_dir / job_id
+    shutil.copytree(tmp_path / "out", folder)
+    with api.records.write() as session:
+        results = [
+            NewResult(
+                ResultKind(file.kind),
+                api.spool.relative(folder / file.name),
+                file.size_bytes,
+                file.sha256,
+                file.sop_class_uid,
+                file.sop_instance_uid,
+                file.profile,
+            )
+            for file in files
+        ]
+        succeed_job(session, job_id, job.attempt, Outcome(results, "r", "float32"), now=api.now)
+    listed = api.get(f"{URL}/{job_id}/results", key="uploader").json()
+    shown = {each["sop_instance_uid"]: each["segments"] for each in listed if each["kind"] == "segmentation"}
+    assert sorted(shown.values()) == [["part 1"], ["part 2"], ["part 3"]]
+    assert {each["sop_instance_uid"] for each in listed} == {file.sop_instance_uid for file in files}
+    for each in listed:
+        response = api.get(each["link"], key="uploader")
+        assert response.headers["content-type"] == each["media_type"] == "application/dicom"
+        assert hashlib.sha256(response.content).hexdigest() == each["sha256"]
+    assert api.get(f"{URL}/{job_id}/segmentation").content == api.get(listed[1]["link"]).content
+    stranger = api.get(f"{URL}/{job_id}/results/{'0' * 32}", key="uploader")
+    assert_problem(stranger, 404, "NO_SUCH_RESULT")
+    api.make_key("other", Role.UPLOADER)
+    assert api.get(listed[0]["link"], key="other").status_code == 404
 
 
 def test_a_result_that_does_not_exist_or_is_gone_is_told_apart(api: ApiHarness) -> None:
