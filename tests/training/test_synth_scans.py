@@ -17,7 +17,7 @@ from models.volume import Labelmap, Volume
 from training.errors import TrainingDataError
 from training.golden_files import write_image
 from training.preprocess import write_json
-from training.synthesis import cases, consistency, real_scans
+from training.synthesis import cases, consistency, golden, real_scans
 from training.synthesis.label_maps import LabelMapFolder
 
 RAS_MM = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -184,3 +184,13 @@ class TestConsistency:
         consistency.main()
         found = json.loads((tmp_path / "out.json").read_text())["volumes_ml"]
         assert set(found) == {"1x1x1"} | {f"1x1x{t} {p}" for t in (3, 6) for p in consistency.PLANES}
+
+
+def test_the_golden_image_is_the_whole_template_at_3_mm() -> None:
+    pytest.importorskip("nilearn")
+    whole = read_nifti([real_scans.icbm_files()["t1"]])
+    small = golden.small_brain()
+    assert small.shape_zyx == tuple(-(-n // 3) - (n % 3 == 1) for n in whole.shape_zyx)
+    assert np.array_equal(small.array, small.array.round())
+    total = whole.array.sum() / 27
+    assert float(small.array.sum()) == pytest.approx(float(total), rel=0.01)

@@ -23,7 +23,7 @@ found() { ls -d "$1"/results/*/*__3d_fullres; }
 
 python -m training.synthesis.plans "$spacing" "$plans"
 [ -d "$work/claim/images" ] || python -m training.synthesis.cases "$maps" "$split" claim "$work/claim"
-python -m training.icbm_crop "$work/golden.nii.gz"
+python -m training.synthesis.golden "$work/golden.nii.gz"
 
 for recipe in "$@"; do
     from=$plans
