@@ -106,6 +106,8 @@ class PixelFormat:
             for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
         }
         rows, columns, allocated, stored, representation = values.values()
+        if allocated in (32, 64) and stored is None and representation is None:  # PS3.3 C.7.6.24, C.7.6.25
+            raise _unsupported(f"{_upper(instance.label)} stores its pixels as floating point numbers.")
         if not rows or not columns or representation not in (0, 1) or not stored:
             missing = ", ".join(k for k, v in values.items() if v is None) or "a size of 0"
             raise _unsupported(f"{_upper(instance.label)} does not describe its pixels ({missing}).")
