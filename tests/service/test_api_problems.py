@@ -213,6 +213,7 @@ def test_a_small_body_of_unknown_length_is_read_to_its_limit_only(filled: ApiHar
 _SENSIBLE: dict[str, list[str]] = {
     "job_id": ["0" * 32],
     "delivery_id": ["0" * 32],
+    "result_id": ["0" * 32],
     "study_instance_uid": [STUDY, "1.2.3"],
     "name": ["threshold", "nothing"],
     "version": ["1.0.0", "2.0.0"],
