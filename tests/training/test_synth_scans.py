@@ -186,11 +186,11 @@ class TestConsistency:
         assert set(found) == {"1x1x1"} | {f"1x1x{t} {p}" for t in (3, 6) for p in consistency.PLANES}
 
 
-def test_the_golden_image_is_the_whole_template_at_3_mm() -> None:
+def test_the_golden_image_is_the_whole_template_at_2_mm() -> None:
     pytest.importorskip("nilearn")
     whole = read_nifti([real_scans.icbm_files()["t1"]])
     small = golden.small_brain()
-    assert small.shape_zyx == tuple(-(-n // 3) - (n % 3 == 1) for n in whole.shape_zyx)
+    assert small.shape_zyx == tuple(n // 2 for n in whole.shape_zyx)
     assert np.array_equal(small.array, small.array.round())
-    total = whole.array.sum() / 27
+    total = whole.array.sum() / 8
     assert float(small.array.sum()) == pytest.approx(float(total), rel=0.01)

@@ -1,4 +1,4 @@
-"""The golden image of the brain bundle: the ICBM152 template in voxels of 3 mm, small and a whole brain.
+"""The golden image of the brain bundle: the ICBM152 template in voxels of 2 mm, the network's own.
 
 Its notice is in ``training.icbm_crop``.
 """
@@ -14,7 +14,7 @@ from training.golden_files import write_image
 from training.synthesis.consistency import reacquired
 from training.synthesis.real_scans import icbm_files
 
-VOXEL_MM = 3.0
+VOXEL_MM = 2.0
 
 
 def small_brain() -> Volume:
