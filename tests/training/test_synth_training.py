@@ -14,6 +14,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from tiny_head import tiny_numbers, write_tiny_heads
 
+from training.commands import distill as command
 from training.dice_ce import DiceCrossEntropy
 from training.distill import Progress, distill
 from training.environment import configure_nnunet
@@ -293,6 +294,29 @@ class TestRuns:
         assert {"segmentation", "0:dcd", "1:logits"} == set(entry["losses"])
         said = json.loads((student.folder / "distillation.json").read_text())
         assert (said["method"], said["teacher_digest"]) == ("dcd + logits", teacher.digest)
+
+    def test_the_command_trains_from_plans_and_label_maps(
+        self, maps: LabelMapFolder, planned: ResultsFolder, tmp_path: Path
+    ) -> None:
+        budget = {"epochs": 1, "iterations_per_epoch": 1, "validation_iterations": 1, "batch_size": 2}
+        recipe = {"name": "x", "student": {"width": 1}, "training": budget, "data": {"synthesis": NEAR}}
+        write_json(tmp_path / "recipe.yaml", recipe)  # JSON is YAML
+        write_json(tmp_path / "split.json", {"train": ["one"], "choose": ["two"]})
+        command.distill(
+            planned.folder,
+            maps.folder,
+            recipe=tmp_path / "recipe.yaml",
+            split=tmp_path / "split.json",
+            output=tmp_path / "run",
+            train_list="train",
+            validation_list="choose",
+            fold=None,
+            checkpoint="final",
+            device="cpu",
+            seed=None,
+        )
+        (folder,) = (tmp_path / "run" / "results").glob("*/*__3d_fullres")
+        assert ResultsFolder.open(folder).classes.n_outputs == 30
 
     def test_it_learns_the_made_up_heads(
         self, maps: LabelMapFolder, planned: ResultsFolder, tmp_path: Path
