@@ -6,16 +6,12 @@ Geometry and voxels are judged by the job. A file's name, as its sender gave it,
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from nibabel import load
@@ -25,11 +21,9 @@ from nibabel.spatialimages import HeaderDataError
 
 from models.errors import ReasonCode, Refusal
 from models.manifest import Manifest
+from service.archive import opened_archive
 from service.headers import read_attributes
 
-MAX_MEMBERS = 50_000
-_MAX_DIRECTORY_BYTES = 16 << 20
-_END = struct.Struct("<4s4H2LH")  # end of central directory record, APPNOTE.TXT 4.3.16
 _PROBED_MEMBERS = 16
 _PROBED_BYTES = 4 << 20
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -142,43 +136,8 @@ def _check_nifti_header(path: Path, name: str) -> None:
 
 def _check_archive(path: Path, name: str) -> str | None:
     """Judge an archive by its directory; the Study Instance UID of its first DICOM file, if it tells one."""
-    try:
-        with path.open("rb") as file:
-            _check_directory_size(file, name)
-            with zipfile.ZipFile(file) as archive:
-                members = [info for info in archive.infolist() if not info.is_dir()]
-                if not members:
-                    raise _bad_archive(f"{name} is an archive without a file in it.")
-                if any(info.flag_bits & 0x1 for info in members):
-                    raise _bad_archive(f"{name} is an archive with a password.")
-                return _study_instance_uid(archive, members, path.with_name("probe"))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise  # the disk's fault, not the archive's
-        raise _bad_archive(f"{name} is a damaged archive: an offset lies before its beginning.") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
-        raise _bad_archive(f"{name} is a damaged archive ({type(error).__name__}).") from error
-
-
-def _check_directory_size(file: IO[bytes], name: str) -> None:
-    """Refuse a directory that is too large to be read, before :mod:`zipfile` reads it whole."""
-    size_bytes = file.seek(0, os.SEEK_END)
-    file.seek(-min(size_bytes, _END.size + 0xFFFF + 20), os.SEEK_END)
-    tail = file.read()
-    file.seek(0)
-    start = tail.rfind(b"PK\x05\x06")
-    if start < 0 or len(tail) - start < _END.size:
-        raise _bad_archive(f"{name} is an archive that is cut off.")
-    if b"PK\x06\x07" in tail[max(0, start - 20) : start]:
-        raise _bad_archive(f"{name} is in the ZIP64 format, made for over 4 GiB or 65535 files.")
-    n_members, directory_bytes = _END.unpack_from(tail, start)[4:6]
-    if n_members > MAX_MEMBERS or directory_bytes > _MAX_DIRECTORY_BYTES:
-        raise Refusal(
-            ReasonCode.TOO_LARGE,
-            f"{name} is an archive of {n_members} files with a directory of {directory_bytes} bytes; at most "
-            f"{MAX_MEMBERS} files and {_MAX_DIRECTORY_BYTES} bytes are taken.",
-            remedy="Send one series alone.",
-        )
+    with opened_archive(path, name) as (archive, members):
+        return _study_instance_uid(archive, members, path.with_name("probe"))
 
 
 def _study_instance_uid(
@@ -189,8 +148,6 @@ def _study_instance_uid(
     No more than a header's worth is unpacked. What cannot be told from it is for the job to judge.
     """
     for info in members[:_PROBED_MEMBERS]:
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            continue  # LZMA's dictionary may ask for gigabytes of memory
         with archive.open(info) as source:
             start = source.read(132)
             if start[128:] != b"DICM":
@@ -204,9 +161,3 @@ def _study_instance_uid(
             probe.unlink()
         return values[0] if len(values) == 1 and _UID.fullmatch(values[0]) else None
     return None
-
-
-def _bad_archive(message: str) -> Refusal:
-    return Refusal(
-        ReasonCode.UNREADABLE, message, remedy="Send a plain .zip of the DICOM files of one series."
-    )

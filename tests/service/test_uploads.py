@@ -22,6 +22,7 @@ from phantom import STUDY_INSTANCE_UID, chiral_image, write_classic_series
 
 from models.bundle import Bundle
 from models.errors import ModelUnknownError, ModelWithdrawnError, ReasonCode, Refusal
+from service.archive import extract
 from service.errors import AttemptError, StorageFullError
 from service.records.database import Records
 from service.records.jobs import claim_job, fail_attempt
@@ -262,6 +263,7 @@ BAD = {
     "encrypted zip": (_encrypted(), ReasonCode.UNREADABLE),
     "directory bomb": (_directory_bomb(), ReasonCode.TOO_LARGE),
     "zip of garbage": (b"PK\x03\x04" + b"\xff" * 2000, ReasonCode.UNREADABLE),
+    "lzma zip": (_zip(("a.dcm", bytes(1000)), method=zipfile.ZIP_LZMA), ReasonCode.UNREADABLE),
 }
 
 
@@ -272,6 +274,18 @@ def test_bad_files_are_refused_with_a_reason(bundle: Bundle, tmp_path: Path, cas
     path.write_bytes(content)
     with pytest.raises(Refusal) as refused:
         take_inputs([path], bundle.manifest)
+    assert refused.value.reason is reason
+    assert refused.value.remedy
+
+
+@pytest.mark.parametrize("case", [case for case, (content, _) in BAD.items() if content[:2] == b"PK"])
+def test_a_job_judges_an_archive_as_its_upload_did(tmp_path: Path, case: str) -> None:
+    content, reason = BAD[case]
+    path, into = tmp_path / "a.zip", tmp_path / "into"
+    path.write_bytes(content)
+    into.mkdir()
+    with pytest.raises(Refusal) as refused:
+        extract(path, into, limit_bytes=2**20)
     assert refused.value.reason is reason
     assert refused.value.remedy
 
