@@ -20,8 +20,16 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from models.bundle import Bundle
-from models.errors import ModelUnknownError, ModelWithdrawnError, ReasonCode, Refusal, SegnodeError
+from models.errors import (
+    ModelUnknownError,
+    ModelWithdrawnError,
+    OutOfMemoryError,
+    ReasonCode,
+    Refusal,
+    SegnodeError,
+)
 from models.registry import Registry
+from models.resources import available_memory_bytes
 from service.errors import AttemptError, LostClaimError
 from service.inference import InferenceProcess
 from service.logs import get_logger
@@ -29,6 +37,7 @@ from service.predecessors import predecessors_of
 from service.protocol import Failed, OpenModel, Refused, RunJob, Succeeded
 from service.records.database import Records, utc_now
 from service.records.events import record_event
+from service.records.fleet import note_need
 from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
 from service.records.refusals import cancel_refusal_deliveries
 from service.records.supersession import supersede, superseded_objects
@@ -72,6 +81,7 @@ class JobRunner:
         self._spool = spool
         self._registry = registry
         self._process: InferenceProcess | None = None
+        self._memory_bytes = self._worker.memory_bytes or available_memory_bytes()
 
     @property
     def inference_pid(self) -> int | None:
@@ -284,6 +294,8 @@ class JobRunner:
                 now=now,
             )
             final = state is JobState.FAILED
+            if error.code == OutOfMemoryError.code and not final:
+                note_need(session, claim.job_id, more_than_bytes=self._memory_bytes)
             kind = "job.failed" if final else "job.attempt_failed"
             _tell(session, kind, claim, now, {"code": error.code}, alert=final)
 
@@ -299,7 +311,7 @@ class JobRunner:
                     claim.job_id,
                     claim.attempt,
                     lease_s=self._worker.lease_s,
-                    now=utc_now(),
+                    now=self._records.now(),
                     stage=stage,
                     fraction=fraction,
                 )

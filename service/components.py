@@ -9,14 +9,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from ipaddress import ip_network
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from models.errors import SegnodeError
+from service.atna import POSITION_FILE, Forwarder
 from service.audit_trail import HEAD_FILE, HeadKeeper
+from service.lease import LeaseOwner
 from service.logs import get_logger
-from service.node import Node, seed_models
+from service.node import Node, seed_models, tasks
 from service.records.database import utc_now
 from service.tls import ReloadingContext
 
@@ -90,6 +93,13 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
         # Not in the main thread: there uvicorn would take the signals, which are ours to answer.
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http")
         thread.start()
+        ended = threading.Event()
+        forwarder = None
+        if node.settings.atna is not None:
+            position = node.settings.data_dir / POSITION_FILE
+            run = Forwarder(node.settings.atna, node.records, position).run
+            forwarder = threading.Thread(target=run, args=(ended,), name="atna")
+            forwarder.start()
         try:
             while thread.is_alive() and not server.started:
                 stop.wait(_POLL_S / 10)
@@ -103,7 +113,10 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
                     _keep_head(keeper)
         finally:
             server.should_exit = True
+            ended.set()
             thread.join()
+            if forwarder is not None:
+                forwarder.join()
     if not stop.is_set():
         raise StoppedByItselfError("The HTTP server ended.", remedy="The log above says why.")
 
@@ -121,9 +134,14 @@ def run_worker(node: Node, stop: threading.Event, listening: Listening) -> None:
     from service.worker import Worker
 
     seed_models(node.registry)
-    worker = Worker(node.settings, node.records, node.spool, node.registry)
-    listening(None)
-    worker.run(stop)
+    with ExitStack() as ending:
+        bell = None
+        if (url := node.settings.wake_url) is not None:
+            owner = str(LeaseOwner.of_this_process())
+            bell = ending.enter_context(tasks().Listener(tasks().make_app(url), owner))
+        worker = Worker(node.settings, node.records, node.spool, node.registry, bell=bell)
+        listening(None)
+        worker.run(stop)
 
 
 COMPONENTS: dict[str, Component] = {"receive": run_receive, "api": run_api, "worker": run_worker}

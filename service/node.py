@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING
 
 from models.bundle import Bundle
 from models.errors import SignatureError
@@ -18,6 +20,9 @@ from service.records.migrate import upgrade
 from service.settings import Settings
 from service.spool import Spool
 
+if TYPE_CHECKING:
+    from service.tasks import Ringer
+
 log = get_logger(__name__)
 
 
@@ -29,6 +34,7 @@ class Node:
     records: Records
     spool: Spool
     registry: Registry
+    ringer: Ringer | None = None
 
     def __enter__(self) -> Node:
         return self
@@ -39,6 +45,8 @@ class Node:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.ringer is not None:
+            self.ringer.close()
         self.records.close()
 
 
@@ -62,9 +70,25 @@ def open_node(settings: Settings) -> Node:
             low_watermark_bytes=settings.storage.low_watermark_bytes,
             reserve_bytes=settings.storage.reserve_bytes,
         )
-        node = Node(settings, records, spool, open_registry(settings))
+        registry = open_registry(settings)
+        ringer = None
+        if (url := settings.wake_url) is not None:
+            ringer = tasks().Ringer(tasks().make_app(url))
+            records.ring = ringer.ring
+        node = Node(settings, records, spool, registry, ringer)
         undo.pop_all()
     return node
+
+
+def tasks() -> ModuleType:
+    """:mod:`service.tasks`, which a node without a broker does not need. Raises SettingsError."""
+    try:
+        return import_module("service.tasks")
+    except ImportError as error:
+        raise SettingsError(
+            f"broker_url needs a package that is not installed here ({error.name}).",
+            remedy="Install segnode[scaleout], or leave broker_url out: workers then poll.",
+        ) from error
 
 
 def make_data_dir(path: Path) -> None:

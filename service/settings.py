@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydicom.datadict import dictionary_VR, tag_for_keyword
+from sqlalchemy.engine import make_url
 
 from service.channel_rules import AlignmentRules
 from service.errors import SettingsError
@@ -158,6 +159,9 @@ class WorkerSettings(_Section):
     first_retry_s: float = Field(default=30.0, ge=0)  # after a failure; four times as long after each more
     jobs_per_child: int = Field(default=50, ge=1)
     poll_interval_s: float = Field(default=0.5, gt=0)
+    idle_poll_interval_s: float = Field(default=10.0, gt=0)  # while a broker is proven to wake it
+    models: tuple[Identifier, ...] = ()  # whose jobs it takes; empty for all
+    memory_bytes: int | None = Field(default=None, ge=MIB)  # the most a job may use; measured unless given
 
 
 class DeliverySettings(_Section):
@@ -369,6 +373,9 @@ class Settings(BaseSettings):
 
     data_dir: Path = Path("segnode-data")
     database_url: str | None = None
+    database_password_file: Path | None = None
+    broker_url: str | None = None  # of Valkey or Redis, which wakes workers; without one they poll
+    broker_password_file: Path | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     dicom: DicomSettings = DicomSettings()
     http: HttpSettings = HttpSettings()
@@ -416,7 +423,14 @@ class Settings(BaseSettings):
     @property
     def records_url(self) -> str:
         """Database URL of the records; SQLite in the data folder unless another is configured."""
-        return self.database_url or f"sqlite:///{(self.data_dir / 'segnode.sqlite').resolve()}"
+        if self.database_url is None:
+            return f"sqlite:///{(self.data_dir / 'segnode.sqlite').resolve()}"
+        return with_password(self.database_url, self.database_password_file)
+
+    @property
+    def wake_url(self) -> str | None:
+        """URL of the broker with its password; None where there is no broker. Never log it."""
+        return self.broker_url and with_password(self.broker_url, self.broker_password_file)
 
     @property
     def spool_dir(self) -> Path:
@@ -460,6 +474,27 @@ class Settings(BaseSettings):
         """SHA-256 of the settings that can change what a result says; part of every derived UID."""
         relevant = self.model_dump_json(include={"worker": {"runtime"}})
         return hashlib.sha256(relevant.encode()).hexdigest()
+
+
+def with_password(url: str, path: Path | None) -> str:
+    """A URL with the password that stands in a file, as secrets are given to containers.
+
+    Raises
+    ------
+    SettingsError
+        If the file cannot be read or is empty.
+    """
+    if path is None:
+        return url
+    try:
+        password = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"The password file {path} cannot be read.", remedy="Let the node's user read it."
+        ) from error
+    if not password:
+        raise SettingsError(f"The password file {path} is empty.", remedy="Write the password into it.")
+    return make_url(url).set(password=password).render_as_string(hide_password=False)
 
 
 def load_settings(path: Path | None = None) -> Settings:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from models.registry import Registry
     from service.settings import Settings
 
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Say whether the one that runs on this host works: exit status 0 or 1."),
+]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 
@@ -57,19 +61,28 @@ def serve(config: Config = None) -> None:
     note("Stopped.")
 
 
-def receive(config: Config = None, supervised: Supervised = False) -> None:
+def receive(config: Config = None, supervised: Supervised = False, check: Check = False) -> None:
     """Run the DICOM receiver alone."""
-    _run("receive", config, supervised)
+    _check("receive", config) if check else _run("receive", config, supervised)
 
 
-def api(config: Config = None, supervised: Supervised = False) -> None:
+def api(config: Config = None, supervised: Supervised = False, check: Check = False) -> None:
     """Run the HTTP interface alone."""
-    _run("api", config, supervised)
+    _check("api", config) if check else _run("api", config, supervised)
 
 
-def worker(config: Config = None, supervised: Supervised = False) -> None:
+def worker(config: Config = None, supervised: Supervised = False, check: Check = False) -> None:
     """Run a worker alone: jobs and deliveries."""
-    _run("worker", config, supervised)
+    _check("worker", config) if check else _run("worker", config, supervised)
+
+
+def _check(name: str, config: Path | None) -> None:
+    from service.liveness import LIVENESS
+
+    health = LIVENESS[name](load(config))
+    typer.echo(health.message)
+    if not health.is_healthy:
+        raise typer.Exit(1)
 
 
 def _run(name: str, config: Path | None, supervised: bool) -> None:

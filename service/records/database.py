@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ _SESSION_OPTIONS = (
     "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 )
 _CONNECT_TIMEOUT_S = 10
+_WORK = "segnode work"
 _WRITERS_LOCK = 0x5E610DF  # advisory; the migrations' own is one below
 
 
@@ -37,6 +38,11 @@ def change(session: Session, statement: Executable) -> int:
     result = session.execute(statement)
     assert isinstance(result, CursorResult)
     return result.rowcount
+
+
+def announce_work(session: Session) -> None:
+    """Have the bell rung once the transaction is committed: there is something for workers to do."""
+    session.info[_WORK] = True
 
 
 def lock_name(session: Session, name: str) -> None:
@@ -76,6 +82,8 @@ class Records:
                 isolation_level="REPEATABLE READ", postgresql_readonly=True
             )
         self._clock_offset = timedelta()
+        self.ring: Callable[[], None] = _ring_nothing
+        """Called after every transaction that has put something into a queue. It must return at once."""
 
     @property
     def engine(self) -> Engine:
@@ -87,13 +95,16 @@ class Records:
 
         With ``alone`` no other writing transaction goes on beside it, on any host.
         """
-        with Session(self._writer, expire_on_commit=False) as session, session.begin():
-            if self.is_sqlite:
-                session.connection()  # takes the lock now, not at the first statement
-            else:
-                lock = func.pg_advisory_xact_lock if alone else func.pg_advisory_xact_lock_shared
-                session.execute(select(lock(_WRITERS_LOCK)))
-            yield session
+        with Session(self._writer, expire_on_commit=False) as session:
+            with session.begin():
+                if self.is_sqlite:
+                    session.connection()  # takes the lock now, not at the first statement
+                else:
+                    lock = func.pg_advisory_xact_lock if alone else func.pg_advisory_xact_lock_shared
+                    session.execute(select(lock(_WRITERS_LOCK)))
+                yield session
+            if session.info.pop(_WORK, False):
+                self.ring()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -123,6 +134,10 @@ class Records:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+def _ring_nothing() -> None:
+    """Workers that have no bell look by themselves."""
 
 
 def _postgresql_engine(url: str) -> Engine:

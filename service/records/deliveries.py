@@ -16,7 +16,7 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import ConflictError, LostClaimError, NotFoundError
-from service.records.database import change
+from service.records.database import announce_work, change
 from service.records.tables import Delivery, DeliveryState
 
 
@@ -152,5 +152,6 @@ def retry_delivery(session: Session, delivery_id: str, *, now: datetime) -> Deli
         raise ConflictError(
             f"Delivery {delivery_id} is {delivery.state}.", remedy="Only a parked delivery can be retried."
         )
+    announce_work(session)
     session.refresh(delivery)
     return delivery

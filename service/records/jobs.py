@@ -11,7 +11,7 @@ present one raises LostClaimError, so that a worker that was believed dead can n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,9 @@ from sqlalchemy.orm import Session
 
 from models.errors import SegnodeError
 from service.errors import ConflictError, LostClaimError, NotFoundError
-from service.records.database import change
+from service.records.database import announce_work, change, lock_name
+from service.records.fleet import is_for
+from service.records.governance_tables import Purge
 from service.records.outbox import queue_deliveries
 from service.records.tables import (
     Delivery,
@@ -43,6 +45,7 @@ def enqueue(session: Session, new: NewJob, *, at: datetime) -> tuple[Job, bool]:
 
     Returns the job, and whether it is new.
     """
+    lock_name(session, new.input_key)
     existing = session.scalar(
         select(Job).where(Job.input_key == new.input_key, Job.model_name == new.model_name)
     )
@@ -86,15 +89,38 @@ def enqueue(session: Session, new: NewJob, *, at: datetime) -> tuple[Job, bool]:
         for i, n in enumerate(new.inputs)
     )
     session.flush()
+    announce_work(session)
     return job, True
 
 
-def claim_job(session: Session, *, owner: str, lease_s: float, now: datetime) -> Job | None:
-    """Take the next job that is due, highest priority first, then oldest; None if there is none."""
+def claim_job(
+    session: Session,
+    *,
+    owner: str,
+    lease_s: float,
+    now: datetime,
+    models: Sequence[str] = (),
+    memory_bytes: int | None = None,
+) -> Job | None:
+    """Take the next job that is due, highest priority first, then oldest; None if there is none.
+
+    Parameters
+    ----------
+    models : sequence of str
+        Whose jobs the worker takes; all where none is named.
+    memory_bytes : int or None
+        The most a job may use there. A job that ran out of memory where there is no more than this is left
+        to a larger worker, while there is one that is looking for jobs.
+    """
+    wanted = is_for(session, models, memory_bytes, now=now)
     while True:
         candidate = session.execute(
             select(Job.job_id, Job.attempt)
-            .where(Job.state == JobState.QUEUED, or_(Job.not_before.is_(None), Job.not_before <= now))
+            .where(
+                Job.state == JobState.QUEUED,
+                or_(Job.not_before.is_(None), Job.not_before <= now),
+                *wanted,
+            )
             .order_by(Job.priority.desc(), Job.created_at, Job.job_id)
             .limit(1)
             .with_for_update(skip_locked=True)  # whoever else claims now takes the next one
@@ -262,6 +288,7 @@ def fail_attempt(
 def release_job(session: Session, job_id: str, attempt: int) -> None:
     """Give a job back unharmed: the node is stopping. Counts as nothing. Raises LostClaimError."""
     _report(session, job_id, attempt, state=JobState.QUEUED, **_RELEASED)
+    announce_work(session)
 
 
 def reap_lapsed_jobs(session: Session, *, maximum_lapses: int, now: datetime) -> list[str]:
@@ -295,6 +322,7 @@ def reap_lapsed_jobs(session: Session, *, maximum_lapses: int, now: datetime) ->
         )
         if changed:
             reaped.append(job.job_id)
+            announce_work(session)
     return reaped
 
 
@@ -306,11 +334,16 @@ def retry_job(session: Session, job_id: str) -> Job:
     NotFoundError
         If there is no such job.
     ConflictError
-        If the job has not ended, or ended well, or a newer one stands for its series by now.
+        If the job has not ended, or ended well, its files are purged, or a newer one stands for its series.
     """
     job = session.get(Job, job_id)
     if job is None:
         raise NotFoundError(f"There is no job {job_id}.")
+    if session.get(Purge, job_id) is not None:
+        raise ConflictError(
+            f"The files of job {job_id} are no longer on the node.",
+            remedy="Send the study or the file again.",
+        )
     newer = session.scalar(select(Job.job_id).where(Job.supersedes_job_id == job_id).limit(1))
     if newer is not None:
         raise ConflictError(
@@ -338,6 +371,7 @@ def retry_job(session: Session, job_id: str) -> Job:
         raise ConflictError(
             f"Job {job_id} is {job.state}.", remedy="Only a refused or a failed job can be retried."
         )
+    announce_work(session)
     session.refresh(job)
     return job
 

@@ -13,6 +13,7 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
+from service.records.database import announce_work
 from service.records.events import record_event
 from service.records.tables import Delivery, DeliveryState, Job, Result, ResultKind, new_identifier
 
@@ -59,6 +60,7 @@ def queue_deliveries(
                 created_at=at,
             )
             session.add(delivery)
+            announce_work(session)
             if reason:
                 record_event(
                     session,

@@ -152,7 +152,7 @@ class Instance(Base):
     revision: Mapped[int] = mapped_column(default=1)
     current: Mapped[bool] = mapped_column(default=True)
     path: Mapped[str]  # relative to the spool
-    size_bytes: Mapped[int]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
     calling_ae_title: Mapped[str | None] = mapped_column(String(16))
     called_ae_title: Mapped[str | None] = mapped_column(String(16))
@@ -238,7 +238,7 @@ class Result(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("job.job_id"), index=True)
     kind: Mapped[ResultKind]
     path: Mapped[str]  # relative to the spool
-    size_bytes: Mapped[int]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
     sop_class_uid: Mapped[str | None] = mapped_column(String(64))
     sop_instance_uid: Mapped[str | None] = mapped_column(String(64), index=True)

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from service.records import governance_tables, login_tables  # noqa: F401 - their tables belong to the metadata
+from service.records import fleet_tables, governance_tables, login_tables  # noqa: F401 - their tables belong to the metadata
 from service.records.tables import Base
 
 connection = context.config.attributes["connection"]
