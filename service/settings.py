@@ -33,7 +33,7 @@ from service.governance_rules import CommitmentRules, GateRules, ProbationRules,
 from service.guard_rules import USUAL_GUARD, GuardRules
 from service.profiles import Profile
 from service.reading import ReadingRules, VolumeRule
-from service.security_rules import ClientTls, ServerTls
+from service.security_rules import AtnaRules, ClientTls, OidcRules, RateRules, ServerTls
 
 GIB = 1024**3
 MIB = 1024**2
@@ -123,8 +123,9 @@ class HttpSettings(_Section):
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     behind_tls_proxy: bool = False
-    maximum_upload_bytes: int = Field(default=2 * GIB, ge=1)
     trusted_proxies: tuple[Network, ...] = ("127.0.0.1/32", "::1/128")  # they say where a request came from
+    maximum_upload_bytes: int = Field(default=2 * GIB, ge=1)
+    rates: RateRules = RateRules()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -382,6 +383,8 @@ class Settings(BaseSettings):
     storage: StorageSettings = StorageSettings()
     worker: WorkerSettings = WorkerSettings()
     delivery: DeliverySettings = DeliverySettings()
+    oidc: OidcRules | None = None  # with it people log in at the hospital's identity provider
+    atna: AtnaRules | None = None  # with it the audit trail goes to a repository too
     models: ModelSettings = ModelSettings()
     gate: GateRules = GateRules()
     probation: ProbationRules = ProbationRules()

@@ -15,10 +15,16 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
 from service.api.problem import ProblemError
-from service.api.state import State
+from service.api.state import ApiState, State
 from service.errors import NotFoundError
 from service.keys import authenticate
-from service.records.tables import Job, Role
+from service.oidc_sessions import find_session, is_csrf_token, is_due, see_session
+from service.records.tables import ApiKey, Job, Role
+
+CSRF_HEADER = "X-CSRF-Token"
+# Over TLS the browser itself sees to it that no other host of the domain has set it.
+SESSION_COOKIES = {True: "__Host-segnode_person", False: "segnode_person"}
+_HARMLESS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _RANK = {Role.UPLOADER: 0, Role.OPERATOR: 1, Role.ADMIN: 2}
 
@@ -75,23 +81,72 @@ class Caller:
         return _RANK[self.role] >= _RANK[role]
 
 
-def identify(state: State, credentials: Credentials) -> Caller:
-    """Who calls. Raises ProblemError 401 for no key, or one that is unknown, revoked or expired."""
+def identify(request: Request, state: State, credentials: Credentials) -> Caller:
+    """Who calls, by a key or by the session of a person who has logged in.
+
+    Raises
+    ------
+    ProblemError
+        401 for no key, one that is unknown, revoked or expired, and a session that is over; 403 for a request
+        of a session that changes something and does not carry the session's token; 429 for one too many.
+    """
+    secret = session_secret(request, state)
     key = None
     if credentials is not None:
         with state.records.read() as session:
             key = authenticate(session, credentials.credentials, state.clock())
+    elif secret is not None:
+        key = _person(request, state, secret)
     if key is None:
         raise ProblemError(
             HTTPStatus.UNAUTHORIZED,
             "KEY_MISSING" if credentials is None else "KEY_INVALID",
-            "The request carries no key."
+            ("The request carries no key." if secret is None else "The session is over.")
             if credentials is None
             else "The request's key is unknown, revoked or expired.",
             remedy="Send 'Authorization: Bearer sgn_…' with a key that an administrator made for you.",
             headers={"WWW-Authenticate": 'Bearer realm="segnode"'},
         )
-    return Caller(key.key_id, key.name, key.role)
+    caller = Caller(key.key_id, key.name, key.role)
+    request.state.caller = caller  # the audit trail names who is refused, too
+    state.key_rates.check(caller.key_id, "This key")
+    return caller
+
+
+PersonDep = Annotated[Caller, Depends(identify)]
+"""Who is there, by key or by session, whatever their role."""
+
+
+def session_secret(request: Request, state: ApiState) -> str | None:
+    """The secret of the session that a request carries; None where people do not log in."""
+    return None if state.provider is None else request.cookies.get(SESSION_COOKIES[is_secure(state)])
+
+
+def is_secure(state: ApiState) -> bool:
+    """True if browsers reach the node over TLS, its own or that of the proxy in front of it."""
+    http = state.settings.http
+    return http.tls_certificate is not None or http.behind_tls_proxy
+
+
+def _person(request: Request, state: ApiState, secret: str) -> ApiKey | None:
+    rules, now = state.settings.oidc, state.clock()
+    assert rules is not None
+    with state.records.read() as session:
+        found = find_session(session, secret, rules, now=now)
+    if found is None:
+        return None
+    if request.method not in _HARMLESS and not is_csrf_token(secret, request.headers.get(CSRF_HEADER, "")):
+        raise ProblemError(
+            HTTPStatus.FORBIDDEN,
+            "CSRF_TOKEN_MISSING",
+            f"A request of a session that changes something must carry its token in {CSRF_HEADER}.",
+            remedy="Take the token from /auth/session.",
+        )
+    key, person_session = found
+    if is_due(person_session, now):
+        with state.records.write() as session:
+            see_session(session, secret, now=now)
+    return key
 
 
 def authorize(request: Request, caller: Annotated[Caller, Depends(identify)]) -> Caller:

@@ -12,14 +12,28 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from models.registry import Registry
-from service.api import audit, deliveries, destinations, health, jobs, models, segmentations, studies
+from service.api import (
+    audit,
+    cases,
+    deliveries,
+    destinations,
+    governance,
+    health,
+    jobs,
+    models,
+    segmentations,
+    studies,
+)
 from service.api.access import MINIMUM_ROLE, authorize
+from service.api.login import router as login_router
 from service.api.middleware import Boundary, Limits, SecurityHeaders
 from service.api.problem import Problem, install_handlers, problem_responses
+from service.api.rates import AddressLimit, Buckets
 from service.api.schemas import API_PREFIX
 from service.api.state import ApiState
 from service.api.trail import Trail
 from service.logs import get_logger
+from service.oidc import Provider
 from service.records.database import Records, utc_now
 from service.settings import Settings
 from service.spool import Spool
@@ -66,21 +80,34 @@ def create_app(
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.api = ApiState(settings, records, spool, registry, clock, UploadDesk(spool))
-    for noun in _NOUNS:
+    rates = settings.http.rates
+    app.state.api = ApiState(
+        settings,
+        records,
+        spool,
+        registry,
+        clock,
+        UploadDesk(spool),
+        provider=None if settings.oidc is None else Provider(settings.oidc),
+        key_rates=Buckets(rates.key),
+    )
+    for noun in NOUNS:
         app.include_router(
             noun.router,
             prefix=API_PREFIX,
             dependencies=[Depends(authorize)],
-            responses=problem_responses(400, 401, 403, 408, 413, 421, 422, 500, 503),
+            responses=problem_responses(400, 401, 403, 408, 413, 421, 422, 429, 500, 503),
         )
         _check_roles(noun.router.routes)
     app.include_router(health.router)
+    if settings.oidc is not None:
+        app.include_router(login_router)
     install_handlers(app)
     _describe(app)
     tls = settings.http.tls_certificate is not None or settings.http.behind_tls_proxy
     # The last one added is the outermost.
     app.add_middleware(Limits, http=settings.http, streamed=_STREAMED)
+    app.add_middleware(AddressLimit, buckets=Buckets(rates.address))
     app.add_middleware(Trail, records=records, clock=clock)
     app.add_middleware(Boundary)
     app.add_middleware(SecurityHeaders, tls=tls)

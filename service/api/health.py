@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
@@ -90,9 +90,9 @@ def _model_ready(registry: Registry) -> bool:
         **problem_responses(400, 401, 403, 413, 421, 500, 503),
     },
 )
-def read_metrics(state: State, credentials: Credentials) -> Response:
+def read_metrics(request: Request, state: State, credentials: Credentials) -> Response:
     """Figures of the work. Open on loopback; elsewhere it takes the role operator."""
     if not is_loopback(state.settings.http):
-        check_role(identify(state, credentials), Role.OPERATOR)
+        check_role(identify(request, state, credentials), Role.OPERATOR)
     text = render_metrics(state.records, state.spool, state.registry, now=state.clock())
     return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -11,6 +11,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from models.registry import Registry
+from service.api.rates import Buckets
+from service.oidc import Provider
 from service.records.database import Records
 from service.settings import Settings
 from service.spool import Spool
@@ -27,6 +29,8 @@ class ApiState:
     registry: Registry
     clock: Callable[[], datetime]
     desk: UploadDesk
+    provider: Provider | None = None  # where people log in
+    key_rates: Buckets = field(default_factory=lambda: Buckets(None))
     adding_model: asyncio.Lock = field(default_factory=asyncio.Lock)  # golden cases one at a time
 
 
