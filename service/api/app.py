@@ -12,18 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from models.registry import Registry
-from service.api import (
-    audit,
-    cases,
-    deliveries,
-    destinations,
-    governance,
-    health,
-    jobs,
-    models,
-    segmentations,
-    studies,
-)
+from service.api import audit, deliveries, destinations, health, jobs, models, segmentations, studies
 from service.api.access import MINIMUM_ROLE, authorize
 from service.api.login import router as login_router
 from service.api.middleware import Boundary, Limits, SecurityHeaders
@@ -91,7 +80,7 @@ def create_app(
         provider=None if settings.oidc is None else Provider(settings.oidc),
         key_rates=Buckets(rates.key),
     )
-    for noun in NOUNS:
+    for noun in _NOUNS:
         app.include_router(
             noun.router,
             prefix=API_PREFIX,
