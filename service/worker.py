@@ -1,19 +1,25 @@
 """The worker: closes series, claims jobs and runs them, sends results, takes back what the dead have held.
 
 Three loops share the process: jobs in the thread that calls :meth:`Worker.run`, housekeeping (completeness
-and lapsed leases) and deliveries in threads of their own, so that a long job holds up neither. An error
-that nobody foresaw ends none of the loops: it is logged with its place, and the loop goes on after a pause.
+and lapsed leases) and deliveries in threads of their own, so that a long job holds up neither. Where there is
+a broker, its bell wakes the first, which then looks by itself only now and then; the others go by the clock.
+An error that nobody foresaw ends none of the loops: it is logged with its place, and the loop goes on after a
+pause.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Protocol
 
 from sqlalchemy import select
 
 from models.registry import Registry
+from models.resources import available_memory_bytes
 from service.attempt import JobRunner
 from service.completeness import Completeness
 from service.delivery import Deliverer
@@ -22,6 +28,7 @@ from service.lease import LeaseOwner, is_proven_dead
 from service.logs import get_logger
 from service.records.database import Records, utc_now
 from service.records.events import record_event
+from service.records.fleet import beat, sign_off
 from service.records.jobs import claim_job, reap_lapsed_jobs
 from service.records.leases import any_lease_lapsed, expire_leases, lease_owners
 from service.records.tables import Job, JobState
@@ -31,22 +38,51 @@ from service.spool import Spool
 
 _ACTOR = "worker"
 _PAUSE_AFTER_ERROR_S = 5.0
+_BEAT_EVERY_S = 10.0
+_COMPARE_CLOCKS_EVERY_S = 60.0
+_LARGEST_CLOCK_OFFSET = timedelta(seconds=2)
+_STOP_NOTICED_WITHIN_S = 0.2
 
 log = get_logger(__name__)
+
+
+class Bell(Protocol):
+    """What wakes a worker: see :class:`service.tasks.Listener`."""
+
+    @property
+    def rings(self) -> int: ...
+
+    @property
+    def is_proven(self) -> bool: ...
+
+    @property
+    def silence_s(self) -> float | None: ...
+
+    def wait(self, rings: int, timeout_s: float) -> bool: ...
 
 
 class Worker:
     """Everything a node does between receiving a study and having delivered its results.
 
-    Several workers may share one data folder and one database.
+    Several workers may share one data folder and one database, on one host or on many.
 
     Parameters
     ----------
     settings, records, spool, registry
         The node's.
+    bell : Bell or None
+        Wakes it; without one it polls.
     """
 
-    def __init__(self, settings: Settings, records: Records, spool: Spool, registry: Registry) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        records: Records,
+        spool: Spool,
+        registry: Registry,
+        *,
+        bell: Bell | None = None,
+    ) -> None:
         self.owner = str(LeaseOwner.of_this_process())
         self.runner = JobRunner(settings, records, spool, registry)
         self._settings = settings.worker
@@ -56,6 +92,9 @@ class Worker:
         self._refusals = RefusalObjects(records, spool, settings.profile_keys)
         self._deliverer = Deliverer(settings, records, spool)
         self._disk_is_full = False
+        self._bell = bell
+        self._memory_bytes = self._settings.memory_bytes or available_memory_bytes()
+        self._beat_at = self._clocks_compared_at = float("-inf")
 
     def run(self, stop: threading.Event) -> None:
         """Work until ``stop`` is set. A job that is under way is then given back unharmed."""
@@ -66,19 +105,29 @@ class Worker:
         for thread in threads:
             thread.start()
         try:
-            self._repeat(lambda: self.run_one(stop), stop)
+            self._repeat(lambda: self.run_one(stop), stop, self._bell)
         finally:
             stop.set()
             self.runner.close()
             for thread in threads:
                 thread.join()
+            with self._records.write() as session:
+                sign_off(session, self.owner)
 
     def run_one(self, stop: threading.Event) -> bool:
         """Claim the next job and take it to an end; False if there is none, or no room for its results."""
+        self._beat()
         if not self._has_room():
             return False
         with self._records.write() as session:
-            job = claim_job(session, owner=self.owner, lease_s=self._settings.lease_s, now=utc_now())
+            job = claim_job(
+                session,
+                owner=self.owner,
+                lease_s=self._settings.lease_s,
+                now=self._records.now(),
+                models=self._settings.models,
+                memory_bytes=self._memory_bytes,
+            )
         if job is None:
             return False
         log.info("job.claimed", job_id=job.job_id, attempt=job.attempt)
@@ -112,13 +161,41 @@ class Worker:
             log.warning("job.lapsed", job_id=job_id)
         return reaped
 
+    def _beat(self) -> None:
+        """Write down, now and then, that jobs are being looked for. Called where they are, nowhere else."""
+        if time.monotonic() - self._beat_at < _BEAT_EVERY_S:
+            return
+        silence_s = self._bell.silence_s if self._bell is not None else None
+        now = self._records.now()
+        with self._records.write() as session:
+            beat(
+                session,
+                owner=self.owner,
+                host=socket.gethostname()[:64],
+                models=self._settings.models,
+                memory_bytes=self._memory_bytes,
+                bell_heard_at=now - timedelta(seconds=silence_s) if silence_s is not None else None,
+                now=now,
+            )
+        self._beat_at = time.monotonic()
+
+    def _compare_clocks(self) -> None:
+        """Ask the database for its time now and then, since leases go by it; a wrong clock is said."""
+        if time.monotonic() - self._clocks_compared_at < _COMPARE_CLOCKS_EVERY_S:
+            return
+        offset = self._records.compare_clocks()
+        self._clocks_compared_at = time.monotonic()
+        if abs(offset) > _LARGEST_CLOCK_OFFSET:
+            log.warning("worker.clock_differs", by_s=round(offset.total_seconds(), 1))
+
     def _keep_house(self) -> bool:
-        self.reap(utc_now())
+        self._compare_clocks()
+        self.reap(self._records.now())
         jobs = self._completeness.sweep(utc_now())
         return jobs + self._refusals.sweep(utc_now()) > 0
 
     def _deliver(self) -> bool:
-        return self._deliverer.run_once(utc_now())
+        return self._deliverer.run_once(self._records.now())
 
     def _has_room(self) -> bool:
         """False while results would eat into the reserve of the disk; says so once."""
@@ -137,12 +214,25 @@ class Worker:
         self._disk_is_full = False
         return True
 
-    def _repeat(self, step: Callable[[], bool], stop: threading.Event) -> None:
-        """Do a step again and again: at once while there is work, else at the poll interval."""
+    def _repeat(self, step: Callable[[], bool], stop: threading.Event, bell: Bell | None = None) -> None:
+        """Do a step again and again: at once while there is work, else when the bell rings or time is up."""
         while not stop.is_set():
+            rings = bell.rings if bell is not None else 0
             try:
-                pause_s = 0.0 if step() else self._settings.poll_interval_s
+                if step():
+                    continue
             except Exception:
                 log.exception("worker.step_failed", thread=threading.current_thread().name)
-                pause_s = _PAUSE_AFTER_ERROR_S
-            stop.wait(pause_s)
+                stop.wait(_PAUSE_AFTER_ERROR_S)
+                continue
+            self._rest(bell, rings, stop)
+
+    def _rest(self, bell: Bell | None, rings: int, stop: threading.Event) -> None:
+        """Wait for the bell, and no longer than the poll interval: the longer one if the bell is proven."""
+        if bell is None or not bell.is_proven:
+            stop.wait(self._settings.poll_interval_s)
+            return
+        end = time.monotonic() + self._settings.idle_poll_interval_s
+        while not stop.is_set() and (left_s := end - time.monotonic()) > 0 and bell.is_proven:
+            if bell.wait(rings, min(left_s, _STOP_NOTICED_WITHIN_S)):
+                return
