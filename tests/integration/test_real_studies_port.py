@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,8 +123,9 @@ def _tilted_echoes(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def port(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Port]:
+def port(shared_data: Path, models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Port]:
     root = tmp_path_factory.mktemp("port")
+    shutil.copytree(models_dir, root / "registry")
     registry = Registry(root / "registry", runtimes=("onnxruntime",))
     for name, arguments in MODELS.items():
         bundle = make_threshold_bundle(root / name, name=name, patch_size=(64, 64, 64), **arguments)

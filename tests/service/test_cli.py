@@ -17,6 +17,7 @@ import nibabel
 import numpy as np
 import pytest
 from bundle_factory import expected_labels, make_threshold_bundle
+from phantom import test_uid as make_uid
 from phantom import write_classic_series
 from places import AFFINE, assert_same_places, image, places_in_nifti, places_in_seg, places_of_labels
 from pydicom import dcmread
@@ -141,6 +142,50 @@ def test_a_refusal_ends_with_3_and_its_code_first(segnode: Segnode, bundle: Bund
     assert not Path("out.nii.gz").exists()
 
 
+def test_a_tilted_gantry_is_set_right_on_request(segnode: Segnode, bundle: Bundle, tmp_path: Path) -> None:
+    write_classic_series(tmp_path / "tilted", image(), TILTED)
+    given = ("segment", "tilted", "--bundle", bundle.folder, "--gantry-tilt", "resample")
+    result = segnode(*given, "-o", "out.dcm")
+    assert result.status == 0, result.err
+    assert "gantry tilt" in " ".join(result.err.split())
+    assert places_in_seg(Path("out.dcm")).keys() == {1, 2}
+    assert segnode(*given[:-1], "upright", "-o", "out.dcm").status == 2
+
+
+def test_one_volume_of_several_is_taken_on_request(segnode: Segnode, bundle: Bundle, tmp_path: Path) -> None:
+    for echo, array in (("9.5", image()), ("30", np.zeros_like(image()) + 7)):
+        write_classic_series(
+            tmp_path / "echoes" / echo,
+            array,
+            AFFINE,
+            EchoTime=echo,
+            edit=lambda dataset, z, echo=echo: setattr(dataset, "SOPInstanceUID", make_uid(echo, z)),
+        )
+    given = ("segment", "echoes", "--bundle", bundle.folder, "-o", "out.nii.gz")
+    assert segnode(*given).err.startswith("MULTI_VOLUME: ")
+    result = segnode(*given, "--volume", "EchoTime:first")
+    assert result.status == 0, result.err
+    assert_same_places(places_in_nifti(Path("out.nii.gz")), WANTED)
+    assert "by EchoTime 9.5 of 9.5, 30" in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize(
+    ("lacks", "code"),
+    [({"frame_of_reference_uid": ""}, "INVALID_GEOMETRY"), ({"patient_id": ""}, "IDENTITY_MISSING")],
+)
+def test_what_only_a_dicom_object_needs_is_not_asked_for_a_nifti_file(
+    segnode: Segnode, bundle: Bundle, tmp_path: Path, lacks: dict[str, str], code: str
+) -> None:
+    write_classic_series(tmp_path / "anonymised", image(), AFFINE, **lacks)
+    given = ("segment", "anonymised", "--bundle", bundle.folder, "-o")
+    assert segnode(*given, "out.nii.gz").status == 0
+    assert_same_places(places_in_nifti(Path("out.nii.gz")), WANTED)
+    for wanted in (("out.dcm",), ("again.nii.gz", "--measurements", "sr.dcm")):
+        result = segnode(*given, *wanted)
+        assert (result.status, result.err.split(":")[0]) == (3, code)
+        assert not Path(wanted[0]).exists()
+
+
 def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode: Segnode, bundle: Bundle, tmp_path: Path) -> None:
     write_classic_series(tmp_path / "dark", np.minimum(image(), 90), AFFINE)
     result = segnode("segment", "dark", "--bundle", bundle.folder, "-o", "out.dcm")
@@ -161,6 +206,8 @@ def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode: Segnode, bundle: Bu
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "sr.txt"), "end in .dcm"),
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "out.dcm"), "is taken by"),
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "no/sr.dcm"), "no folder"),
+        (("series", "--bundle", "bundle", "-o", "out.dcm", "--volume", "first"), "is not like EchoTime"),
+        (("series", "--bundle", "bundle", "-o", "out.dcm", "--volume", "Hue:first"), "Hue is none of"),
         (("absent.nii.gz", "--bundle", "bundle", "-o", "out.nii.gz"), "does not exist"),
     ],
 )
