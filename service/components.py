@@ -15,6 +15,7 @@ from ipaddress import ip_network
 from sqlalchemy.exc import SQLAlchemyError
 
 from models.errors import SegnodeError
+from service.atna import POSITION_FILE, Forwarder
 from service.audit_trail import HEAD_FILE, HeadKeeper
 from service.lease import LeaseOwner
 from service.logs import get_logger
@@ -92,6 +93,13 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
         # Not in the main thread: there uvicorn would take the signals, which are ours to answer.
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http")
         thread.start()
+        ended = threading.Event()
+        forwarder = None
+        if node.settings.atna is not None:
+            position = node.settings.data_dir / POSITION_FILE
+            run = Forwarder(node.settings.atna, node.records, position).run
+            forwarder = threading.Thread(target=run, args=(ended,), name="atna")
+            forwarder.start()
         try:
             while thread.is_alive() and not server.started:
                 stop.wait(_POLL_S / 10)
@@ -105,7 +113,10 @@ def run_api(node: Node, stop: threading.Event, listening: Listening) -> None:
                     _keep_head(keeper)
         finally:
             server.should_exit = True
+            ended.set()
             thread.join()
+            if forwarder is not None:
+                forwarder.join()
     if not stop.is_set():
         raise StoppedByItselfError("The HTTP server ended.", remedy="The log above says why.")
 
