@@ -1,9 +1,10 @@
-"""A picture of a result: three planes through the labels, as a radiologist expects to see them.
+"""A picture of a result: three planes through its largest structure, as a radiologist expects to see them.
 
-Axial, coronal and sagittal planes of the patient, at true proportions. Axial and coronal planes are shown
-in radiological convention: the patient's right is on the left of the picture. The sagittal plane has
-anterior on its left. Letters at the edges say so (R, L, A, P, S, I). The picture is for looking, never
-for diagnosis: it is made from 8-bit greys and says "unverified".
+The planes of the image that are nearest to axial, coronal and sagittal, at true proportions. Axial and
+coronal planes are shown in radiological convention: the patient's right is on the left of the picture. The
+sagittal plane has anterior on its left. Letters at the edges say so (R, L, A, P, S, I); an oblique plane says
+that it is one, and has two or three letters where an edge lies between directions, the main one first. The
+picture is for looking, never for diagnosis: it is made from 8-bit greys and says "unverified".
 """
 
 from __future__ import annotations
@@ -30,23 +31,26 @@ _INK = (235, 235, 235)
 
 @dataclass(frozen=True)
 class _Plane:
-    """One panel: ``axis`` of the (Z, Y, X) array that is fixed, whether its rows run upwards, its letters."""
+    """One panel: ``axis`` of the (Z, Y, X) array that is fixed, and whether its rows run upwards.
+
+    ``across`` and ``down`` are the voxel axes (x, y, z) along which its columns and rows run.
+    """
 
     title: str
     axis: int
     upside_down: bool
-    left: str
-    right: str
-    top: str
-    bottom: str
+    across: int
+    down: int
 
 
-# Arrays are in LPS here: x grows to the patient's left, y to posterior, z to superior.
+# Arrays are in LPS here: x grows to the patient's left, y to posterior, z to superior, or nearly so.
 _PLANES = (
-    _Plane("axial", 0, False, "R", "L", "A", "P"),
-    _Plane("coronal", 1, True, "R", "L", "S", "I"),
-    _Plane("sagittal", 2, True, "A", "P", "S", "I"),
+    _Plane("axial", 0, False, 0, 1),
+    _Plane("coronal", 1, True, 0, 2),
+    _Plane("sagittal", 2, True, 1, 2),
 )
+_LETTERS = (("L", "R"), ("P", "A"), ("S", "I"))
+_LEAST_PART = 0.25  # of a direction, to be worth a letter: 14 degrees off
 
 
 def draw_overlay(
@@ -74,9 +78,13 @@ def draw_overlay(
     low, high = _window(volume.array[0])
     colors = {label.value: label.color_rgb for label in labels}
 
+    directions = image.affine[:3, :3] / np.linalg.norm(image.affine[:3, :3], axis=0)
+    counts = np.bincount(labelmap.array.ravel())[1:]
+    largest = int(np.argmax(counts)) + 1 if counts.any() else 0
+
     panels = []
     for plane in _PLANES:
-        index = _best_index(labelled, plane.axis)
+        index = _best_index(labelled, plane.axis, largest)
         rows_mm, columns_mm = (extents_mm[a] for a in range(3) if a != plane.axis)
         size = (max(1, round(columns_mm * pixels_per_mm)), max(1, round(rows_mm * pixels_per_mm)))
         panels.append(
@@ -85,6 +93,7 @@ def draw_overlay(
                 np.moveaxis(labelled, plane.axis, 0)[index],
                 size,
                 plane,
+                directions,
                 colors,
             )
         )
@@ -113,16 +122,28 @@ def _windowed(intensities: NDArray[np.float32], low: float, high: float) -> NDAr
     return np.asarray(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
 
 
-def _best_index(labelled: NDArray[np.integer], axis: int) -> int:
-    """The slice along ``axis`` that shows most: most labels first, then most labelled voxels."""
-    present, voxels = [], []
-    for plane in np.moveaxis(labelled, axis, 0):  # np.take would copy the whole of a flipped array each time
-        counts = np.bincount(plane.ravel())[1:]
-        present.append(np.count_nonzero(counts))
-        voxels.append(int(counts.sum()))
-    if not any(voxels):
+def _best_index(labelled: NDArray[np.integer], axis: int, largest: int) -> int:
+    """The slice along ``axis`` through the largest structure: of those where it has at least half of its
+    greatest area the one with most labels, and of these the one where its area is greatest."""
+    if not largest:
         return int(labelled.shape[axis]) // 2
-    return max(range(len(voxels)), key=lambda i: (present[i], voxels[i]))
+    present, area = [], []
+    for plane in np.moveaxis(labelled, axis, 0):  # np.take would copy the whole of a flipped array each time
+        counts = np.bincount(plane.ravel(), minlength=largest + 1)
+        present.append(np.count_nonzero(counts[1:]))
+        area.append(int(counts[largest]))
+    within = [i for i in range(len(area)) if 2 * area[i] >= max(area)]
+    return max(within, key=lambda i: (present[i], area[i]))
+
+
+def edge_letters(direction: NDArray[np.float64]) -> str:
+    """The letters for an edge of a picture towards which this unit vector (LPS) points.
+
+    >>> edge_letters(np.array([0.0, -0.8, 0.6]))
+    'AS'
+    """
+    parts = sorted(range(3), key=lambda i: -abs(direction[i]))
+    return "".join(_LETTERS[i][int(direction[i] < 0)] for i in parts if abs(direction[i]) > _LEAST_PART)
 
 
 def _draw_panel(
@@ -130,6 +151,7 @@ def _draw_panel(
     labelled: NDArray[np.integer],
     size: tuple[int, int],
     plane: _Plane,
+    directions: NDArray[np.float64],
     colors: dict[int, tuple[int, int, int]],
 ) -> Image.Image:
     """One plane, (rows, columns) in, ``size`` (width, height) pixels out, plus a margin for its letters."""
@@ -149,14 +171,19 @@ def _draw_panel(
     panel.paste(Image.fromarray(rgb.astype(np.uint8)), (_MARGIN, _MARGIN))
     draw = ImageDraw.Draw(panel)
     middle_x, middle_y = panel.width / 2, panel.height / 2
-    for letter, x, y, anchor in (
-        (plane.left, 4, middle_y, "lm"),
-        (plane.right, panel.width - 4, middle_y, "rm"),
-        (plane.top, middle_x, 3, "ma"),
-        (plane.bottom, middle_x, panel.height - 3, "md"),
+    across = directions[:, plane.across]
+    down = directions[:, plane.down] * (-1 if plane.upside_down else 1)
+    edges = [edge_letters(towards) for towards in (-across, across, -down, down)]
+    for letters, x, y, anchor in (
+        (edges[0], 1, middle_y, "lm"),
+        (edges[1], panel.width - 1, middle_y, "rm"),
+        (edges[2], middle_x, 3, "ma"),
+        (edges[3], middle_x, panel.height - 3, "md"),
     ):
-        draw.text((x, y), letter, fill=_INK, font=_font(15), anchor=anchor)
-    draw.text((4, 3), plane.title, fill=(150, 150, 150), font=_font(13), anchor="la")
+        draw.text((x, y), letters, fill=_INK, font=_font(15 if len(letters) < 3 else 11), anchor=anchor)
+    oblique = any(len(letters) > 1 for letters in edges)
+    title = f"{plane.title}, oblique" if oblique else plane.title
+    draw.text((4, 3), title, fill=(150, 150, 150), font=_font(13), anchor="la")
     return panel
 
 

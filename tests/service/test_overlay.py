@@ -8,10 +8,11 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from models.manifest import Label
 from models.volume import Labelmap, Reorientation, Volume
-from service.overlay import draw_overlay, overlay_png
+from service.overlay import draw_overlay, edge_letters, overlay_png
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 CODES = ["".join(letters) for order in permutations(("LR", "PA", "SI")) for letters in product(*order)]
@@ -91,12 +92,62 @@ def test_proportions_are_those_of_the_patient() -> None:
     assert coronal.shape[0] == pytest.approx(4 * 4 * 400 / 80, abs=8)  # 4 slices of 4 mm, 5 pixels a mm
 
 
-def test_the_slice_with_most_labels_is_shown() -> None:
+def test_of_the_slices_through_the_largest_structure_the_one_with_most_labels_is_shown() -> None:
     volume, labelmap = head()
     picture = np.asarray(draw_overlay(volume, labelmap, LABELS)).astype(int)
     axial = picture[34:434, : picture.shape[1] // 3]
     assert (axial == RED).all(axis=-1).any()
     assert (axial == GREEN).all(axis=-1).any()
+
+
+def test_every_plane_goes_through_the_largest_structure() -> None:
+    volume, labelmap = head()
+    array = np.zeros_like(labelmap.array)
+    array[9:17, 20:34, 15:27] = 1
+    array[2:4, 4:6, 3:5] = 2  # alone in its slices, and with the other in none
+    picture = draw_overlay(volume, Labelmap(array, labelmap.affine), LABELS)
+    assert np.isfinite(places(picture, RED)).all()
+    assert np.isnan(places(picture, GREEN)).all()
+    touching = array.copy()
+    touching[16, 2:8, 2:8] = 2  # many labels at the very end of the largest one do not draw the plane there
+    touching[9:17, 20:34, 15:27] = 1
+    touching[16, 20:34, 15:26] = 0
+    picture = np.asarray(draw_overlay(volume, Labelmap(touching, labelmap.affine), LABELS)).astype(int)
+    axial = picture[34:434, : picture.shape[1] // 3]
+    assert not (axial == GREEN).all(axis=-1).any()
+
+
+@pytest.mark.parametrize(
+    ("direction", "letters"),
+    [
+        ((1, 0, 0), "L"),
+        ((-1, 0, 0), "R"),
+        ((0, 1, 0), "P"),
+        ((0, 0, -1), "I"),
+        ((0.98, 0.2, 0), "L"),
+        ((0, -0.8, 0.6), "AS"),
+        ((-0.6, 0.64, -0.48), "PRI"),
+    ],
+)
+def test_an_edge_between_directions_has_the_letters_of_both(direction: tuple, letters: str) -> None:
+    assert edge_letters(np.array(direction, float)) == letters
+
+
+def test_an_oblique_image_has_its_own_letters_and_the_labels_at_the_same_ends() -> None:
+    volume, labelmap = head()
+    turned = turn((0.0, 0.0, 30.0)) @ volume.affine
+    straight = np.asarray(draw_overlay(volume, labelmap, LABELS)).astype(int)
+    oblique = np.asarray(draw_overlay(Volume(volume.array, turned), Labelmap(labelmap.array, turned), LABELS))
+    (ax, ay), (bx, by) = (places(Image.fromarray(oblique), color)[0] for color in (RED, GREEN))
+    assert ax < bx
+    assert ay < by
+    assert (np.abs(oblique.astype(int) - straight) > 100).any()  # letters and title
+
+
+def turn(angles_degrees: tuple[float, float, float]) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_euler("xyz", angles_degrees, degrees=True).as_matrix()
+    return matrix
 
 
 def test_an_empty_labelmap_and_a_flat_image_still_give_a_picture() -> None:
