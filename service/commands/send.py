@@ -40,7 +40,7 @@ def send(
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, in PEM.")] = None,
 ) -> None:
     """Send DICOM files with C-STORE, as they lie on the disk. Exit status 1 unless every one was taken."""
-    destination = _parse(peer)
+    destination = parse_peer(peer)
     if tls_trusted is not None:
         from service.security_rules import ClientTls
 
@@ -79,7 +79,8 @@ def send(
     note(f"{peer} took all of {len(files)} files.")
 
 
-def _parse(peer: str) -> Destination:
+def parse_peer(peer: str) -> Destination:
+    """A peer from AET@HOST:PORT. Raises typer.BadParameter."""
     from pydantic import ValidationError
 
     from service.settings import Destination
