@@ -23,7 +23,7 @@ from models.volume import Labelmap, Volume, reorient, spacing_xyz_mm
 
 _PANEL_PIXELS = 400
 _WINDOW_VOXELS = 4_000_000
-_MARGIN = 22
+_MARGIN = 28
 _LEGEND_LINE = 24
 _FILL = 0.35  # how much of the colour covers the image inside a label; its outline is opaque
 _INK = (235, 235, 235)
@@ -175,8 +175,8 @@ def _draw_panel(
     down = directions[:, plane.down] * (-1 if plane.upside_down else 1)
     edges = [edge_letters(towards) for towards in (-across, across, -down, down)]
     for letters, x, y, anchor in (
-        (edges[0], 1, middle_y, "lm"),
-        (edges[1], panel.width - 1, middle_y, "rm"),
+        (edges[0], 4, middle_y, "lm"),
+        (edges[1], panel.width - 4, middle_y, "rm"),
         (edges[2], middle_x, 3, "ma"),
         (edges[3], middle_x, panel.height - 3, "md"),
     ):
