@@ -2,6 +2,7 @@
 
 A late slice makes a new job, and the new one stands for the series from then on:
 
+- a correction does the same, also where it puts the images into another study;
 - older jobs that have not ended are cancelled at once, since their input is not the series any more;
 - what older jobs have produced stays, and is still delivered, until the newer job has succeeded; then every
   delivery of theirs that has not left is cancelled. Where the newer job is refused or fails, the older
@@ -17,16 +18,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from types import MappingProxyType
+from typing import Any
 
-from sqlalchemy import or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, or_, select, update
+from sqlalchemy.orm import Session, aliased
 
 from service.records.database import change
 from service.records.events import record_event
 from service.records.jobs import enqueue
 from service.records.outbox import is_result, queue_deliveries
 from service.records.refusals import add_refusal_destinations
-from service.records.tables import Delivery, DeliveryState, Job, JobState, Result
+from service.records.tables import Delivery, DeliveryState, Instance, Job, JobInput, JobState, Result
 from service.records.work import NewJob
 
 _NOT_ENDED = (JobState.QUEUED, JobState.RUNNING)
@@ -68,6 +70,8 @@ def enqueue_newest(
     if one_per_study and new.study_instance_uid:
         in_study = Job.study_instance_uid == new.study_instance_uid
         of_the_same.append(in_study & (Job.route_name == new.route_name))
+    if any(each.instance_id for each in new.inputs):
+        of_the_same.append(Job.job_id.in_(_jobs_of_earlier_revisions(job.job_id)))
     if not of_the_same:
         return job, True
     older = session.scalars(
@@ -84,6 +88,23 @@ def enqueue_newest(
         )
         session.flush()
     return job, True
+
+
+def _jobs_of_earlier_revisions(job_id: str) -> Select[Any]:
+    """The jobs that had used what was corrected into this job's input, in another study maybe."""
+    present, earlier, used = aliased(Instance), aliased(Instance), aliased(JobInput)
+    return (
+        select(used.job_id)
+        .join(earlier, earlier.instance_id == used.instance_id)
+        .join(
+            present,
+            (present.sop_instance_uid == earlier.sop_instance_uid)
+            & (present.series_instance_uid == earlier.series_instance_uid)
+            & (present.revision > earlier.revision),
+        )
+        .join(JobInput, JobInput.instance_id == present.instance_id)
+        .where(JobInput.job_id == job_id, present.revision > 1)
+    )
 
 
 def refuse_at_once(

@@ -22,7 +22,11 @@ from service.errors import ConflictError
 from service.headers import read_attributes
 from service.records.database import utc_now
 from service.records.jobs import claim_job, retry_job, succeed_job
-from service.records.supersession import cancel_superseded_deliveries, superseded_objects
+from service.records.supersession import (
+    cancel_superseded_deliveries,
+    supersede,
+    superseded_objects,
+)
 from service.records.tables import (
     Delivery,
     DeliveryState,
@@ -264,6 +268,31 @@ def test_a_corrected_series_is_computed_again_and_the_old_job_is_cancelled(new_n
     assert all(
         read_attributes(node.spool.absolute(p), ["PatientID"])["PatientID"] == ("RIGHT",) for p in paths
     )
+
+
+def test_a_correction_into_another_study_supersedes_what_was_made_of_the_images(
+    new_node, tmp_path: Path
+) -> None:
+    node, completeness = new_node({**MR, "destinations": ["PACS"]})
+    node.receive_phantom(tmp_path / "s", study_instance_uid="2.25.5", patient_id="WRONG")
+    completeness.sweep(utc_now())
+    old = finish(node)
+    with node.records.write() as session:
+        session.scalars(select(Delivery)).one().state = DeliveryState.SENT
+    node.receive_phantom(tmp_path / "t", study_instance_uid="2.25.6", patient_id="RIGHT", ago_s=40)
+    node.receive_phantom(
+        tmp_path / "u", study_instance_uid="2.25.7", series_instance_uid="2.25.8", ago_s=40
+    )  # another study, corrected by nobody
+    completeness.sweep(utc_now())
+    newer = {job.study_instance_uid: job for job in node.jobs() if job.job_id != old.job_id}
+    assert newer["2.25.6"].supersedes_job_id == old.job_id
+    assert newer["2.25.7"].supersedes_job_id is None
+    with node.records.write() as session:
+        assert superseded_objects(session, newer["2.25.6"].job_id) == ["2.25.9"]
+        supersede(session, newer["2.25.6"].job_id, now=utc_now())
+        assert session.get_one(Job, old.job_id).summary["superseded_by_job_id"] == newer["2.25.6"].job_id
+    (alert,) = events(node, "result.superseded")
+    assert [each["sop_instance_uid"] for each in alert.detail["delivered"]] == ["2.25.9"]
 
 
 class TestOneSeriesOfAStudy:
