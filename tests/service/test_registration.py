@@ -16,10 +16,10 @@ from models.volume import Affine, Volume
 from service.registration import register_rigid
 
 FRAME = "2.25.1"
-FIXED_AFFINE = oblique_affine((2.0, 2.0, 3.0), (6.0, -4.0, 3.0), (-40.0, -45.0, 10.0))
-FIXED_SHAPE = (26, 44, 40)
-MOVING_AFFINE = oblique_affine((2.4, 2.4, 2.4), (-10.0, 5.0, 8.0), (-46.0, -42.0, 4.0))
-MOVING_SHAPE = (36, 40, 38)
+FIXED_AFFINE = oblique_affine((3.0, 3.0, 4.0), (6.0, -4.0, 3.0), (-40.0, -45.0, 8.0))
+FIXED_SHAPE = (20, 30, 27)
+MOVING_AFFINE = oblique_affine((3.2, 3.2, 3.2), (-10.0, 5.0, 8.0), (-46.0, -42.0, 4.0))
+MOVING_SHAPE = (27, 30, 29)
 
 
 def motion(angle_degrees: float, shift_mm: tuple[float, float, float]) -> Affine:
@@ -60,7 +60,7 @@ def test_a_known_motion_is_found_and_found_again() -> None:
     fixed, moving = pair(true)
     found = register_rigid(fixed, moving, limit_mm=30, name="T2")
     assert apart_mm(np.eye(4), true) > 6
-    assert apart_mm(found.transform, true) < 1.0
+    assert apart_mm(found.transform, true) < 1.5  # half a voxel
     assert found.rotation_degrees == pytest.approx(6.0, abs=1.0)
     again = register_rigid(fixed, moving, limit_mm=30, name="T2")
     np.testing.assert_array_equal(again.transform, found.transform)
@@ -75,7 +75,7 @@ def test_in_another_frame_of_reference_it_begins_with_centre_on_centre() -> None
     far[:3, 3] += (160.0, -90.0, 200.0)
     array = head(MOVING_SHAPE, np.linalg.inv(true) @ far, inverted=True)
     found = register_rigid(fixed, Volume(array[None], far, "2.25.2"), limit_mm=30, name="T2")
-    assert apart_mm(found.transform, true) < 1.0
+    assert apart_mm(found.transform, true) < 1.5
     assert found.moved_mm < 30
 
 
