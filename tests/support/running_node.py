@@ -47,6 +47,8 @@ class RunningNode:
         A registry to begin with; it is copied.
     destinations : dict
         Port by name, on this machine.
+    profiles : dict
+        What a destination gets, by its name; the default unless given.
     routes : sequence of dict
         As in the configuration.
     environment : dict
@@ -63,6 +65,7 @@ class RunningNode:
         *,
         models: Path,
         destinations: dict[str, int] | None = None,
+        profiles: dict[str, dict[str, Any]] | None = None,
         routes: Sequence[dict[str, Any]] = (),
         environment: dict[str, str] | None = None,
         under: Sequence[str] = (),
@@ -84,7 +87,13 @@ class RunningNode:
             "worker": {"poll_interval_s": 0.05, "threads": 1} | sections.pop("worker", {}),
             "delivery": {"first_retry_s": 0.2, "maximum_retry_s": 1.0} | sections.pop("delivery", {}),
             "destinations": [
-                {"name": name, "ae_title": name.upper(), "host": "127.0.0.1", "port": port}
+                {
+                    "name": name,
+                    "ae_title": name.upper(),
+                    "host": "127.0.0.1",
+                    "port": port,
+                    "profile": (profiles or {}).get(name, {}),
+                }
                 for name, port in (destinations or {}).items()
             ],
             "routes": list(routes),
