@@ -196,7 +196,7 @@ def require_encodable(source: SourceSeries) -> None:
         raise Refusal(
             ReasonCode.INVALID_GEOMETRY,
             "The series has no Frame of Reference UID: no overlay can be registered with it.",
-            remedy="Send the series from its original source.",
+            remedy="Send the series from its original source, or ask for a NIfTI file (segnode segment).",
         )
 
 

@@ -44,8 +44,8 @@ def rescaled_volume(
             z, frame = places[number]
             _rescale(plane, frame, array[z])
             cleared += was_cleared
-            if padded is not None and (mask := (plane >= padded[0]) & (plane <= padded[1])).any():
-                padding.append((z, mask))
+            if padded is not None and padded[0] <= plane.max() <= padded[1]:  # else it is not the brightest
+                padding.append((z, plane >= padded[0]))
     if cleared:
         warnings.append(f"Bits outside Bits Stored were cleared in {cleared} of {len(array)} slices.")
     if padding:
@@ -106,10 +106,11 @@ def _darken(
     """
     within = np.ones(array.shape, bool)
     for z, mask in padding:
-        within[z] &= ~mask
+        within[z] = ~mask
     if not within.any():
         return
-    least, most = float(array[within].min()), float(array[within].max())
+    least = array.min(where=within, initial=np.inf)
+    most = array.max(where=within, initial=-np.inf)
     bright = [(z, mask) for z, mask in padding if array[z][mask].min() > most]
     for z, mask in bright:
         array[z][mask] = least
