@@ -15,6 +15,7 @@ from scipy import ndimage
 from models.errors import ReasonCode, Refusal
 from models.manifest import Channel, Manifest, NormalizationScheme, Preprocessing
 from models.resampling import Triple, resample_image, resampled_shape
+from models.volume import Reorientation, Volume, reorient, spacing_xyz_mm
 
 _SMALLEST_STD = 1e-8
 
@@ -37,6 +38,22 @@ class Placement:
 def transpose(array: NDArray[np.float32], how: Preprocessing) -> NDArray[np.float32]:
     """Permute the spatial axes of a (C, Z, Y, X) array as the plans say; a view."""
     return array.transpose(0, *(axis + 1 for axis in how.transpose_forward))
+
+
+def locate(volume: Volume, manifest: Manifest) -> tuple[NDArray[np.float32], Placement, Reorientation | None]:
+    """Bring a volume to the axes that the network was trained on, and find its place there.
+
+    Returns
+    -------
+    (C, Z, Y, X) array, Placement, Reorientation
+        The volume in the manifest's orientation and transposed; where its crop and its resampled image lie;
+        and how it was turned, None where the model takes any orientation.
+    """
+    change = None
+    if manifest.orientation != "any":
+        volume, change = reorient(volume, manifest.orientation)
+    array = transpose(volume.array, manifest.preprocessing)
+    return array, place(array, spacing_xyz_mm(volume.affine)[::-1], manifest.preprocessing), change
 
 
 def place(array: NDArray[np.float32], spacing_zyx_mm: Sequence[float], how: Preprocessing) -> Placement:

@@ -29,7 +29,7 @@ from models.resources import (
     usable_cores,
 )
 from models.sliding_window import Tiling, pad, stream_features
-from models.volume import Labelmap, Volume, reorient, spacing_xyz_mm
+from models.volume import Labelmap, Volume
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
@@ -161,16 +161,13 @@ class Segmenter:
         report = progress or _ignore
         report(Progress(PREPROCESS, 0, 1))
         check_values(volume, self.manifest)
-        manifest, how = self.manifest, self.manifest.preprocessing
-        oriented, change = volume, None
-        if manifest.orientation != "any":
-            oriented, change = reorient(volume, manifest.orientation)
-        array = preprocessing.transpose(oriented.array, how)
-        placement = preprocessing.place(array, spacing_xyz_mm(oriented.affine)[::-1], how)
+        array, placement, change = preprocessing.locate(volume, self.manifest)
         self._check_memory(placement)
-        image = preprocessing.preprocess(array, placement, manifest)
+        image = preprocessing.preprocess(array, placement, self.manifest)
         report(Progress(PREPROCESS, 1, 1))
-        labels = preprocessing.restore(self._predict(image, placement, report), placement, how)
+        labels = preprocessing.restore(
+            self._predict(image, placement, report), placement, self.manifest.preprocessing
+        )
         if change is not None:
             labels = change.inverse().apply(labels)
         report(Progress(EXPORT, 1, 1))

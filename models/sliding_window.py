@@ -112,6 +112,20 @@ def pad(image: NDArray[np.float32], tiling: Tiling) -> NDArray[np.float32]:
     return np.pad(image, [(0, 0), *zip(tiling.before, after, strict=True)])
 
 
+def cut_tile(image: NDArray[np.float32], corner: Triple, patch: Triple) -> NDArray[np.float32]:
+    """The tile of a padded (C, Z, Y, X) image that starts at ``corner``, (C, *patch), contiguous."""
+    where = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
+    return np.ascontiguousarray(image[(slice(None), *where)])
+
+
+def tiles(image: NDArray[np.float32], tiling: Tiling) -> Iterator[NDArray[np.float32]]:
+    """Every tile of a preprocessed (C, Z, Y, X) image, in the order in which the network sees them."""
+    padded = pad(image, tiling)
+    for _, _, corners in tiling.layers():
+        for corner in corners:
+            yield cut_tile(padded, corner, tiling.patch)
+
+
 @dataclass(frozen=True)
 class Planes:
     """Finished planes of normalised features.
@@ -153,14 +167,13 @@ def stream_features(
     sums = np.zeros((channels + 1, *held), np.float32)
     rolling = held != tiling.shape
     origin, done = 0, 0
-    for start, final, tiles in tiling.layers():
+    for start, final, corners in tiling.layers():
         if rolling and start - 1 > origin:
             _roll(sums, axis + 1, start - 1 - origin)
             origin = start - 1
-        for corner in tiles:
+        for corner in corners:
             at = [c - origin if a == axis else c for a, c in enumerate(corner)]
-            cut = tuple(slice(c, c + p) for c, p in zip(corner, tiling.patch, strict=True))
-            tile = run_tile(np.ascontiguousarray(image[(slice(None), *cut)]))
+            tile = run_tile(cut_tile(image, corner, tiling.patch))
             workers.share(
                 tiling.patch[0],
                 functools.partial(accumulate, sums, tile, weights, *at),

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from models.errors import Refusal, SegnodeError
-from service.commands import accept, audit, doctor, keys, models, node, segment, send
+from service.commands import accept, audit, backup, doctor, keys, models, node, segment, send
 from service.commands.console import show_error
 
 EXIT_ERROR, EXIT_REFUSED = 1, 3
@@ -33,6 +33,8 @@ app.command(rich_help_panel="Node")(node.receive)
 app.command(rich_help_panel="Node")(node.api)
 app.command(rich_help_panel="Node")(node.worker)
 app.command(rich_help_panel="Node")(doctor.doctor)
+app.command(rich_help_panel="Administration")(backup.backup)
+app.command(rich_help_panel="Administration")(backup.restore)
 app.command(rich_help_panel="Node")(accept.accept)
 app.command(rich_help_panel="Files")(segment.segment)
 app.command(rich_help_panel="Files")(send.send)

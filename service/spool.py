@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 from service.errors import NotFoundError, StorageFullError
@@ -41,7 +42,8 @@ class Spool:
     Parameters
     ----------
     root : Path
-        The spool's folder, on a local disk. Every folder of it must be on one file system.
+        The spool's folder. Every folder of it must be on one file system: a local disk, or one that several
+        hosts share and :mod:`service.shared_spool` finds fit.
     low_watermark_bytes : int
         Nothing new is accepted while less than this is free.
     reserve_bytes : int
@@ -145,12 +147,23 @@ class Spool:
         temporary.rename(final)
         fsync_directory(final.parent)
 
-    def clear_orphans(self) -> int:
+    def clear_orphans(self, *, older_than_s: float = 0.0) -> int:
         """Remove what a receiver that died was still receiving; return the number of files removed.
 
-        Nothing in ``incoming_dir`` was ever acknowledged. Call it only before receiving starts.
+        Nothing in ``incoming_dir`` was ever acknowledged. Call it only before receiving starts, and where
+        other receivers may be at work spare what is younger than any object takes.
         """
-        orphans = list(self.incoming_dir.iterdir())
+        orphans = [path for path in self.incoming_dir.iterdir() if is_older(path, older_than_s)]
         for orphan in orphans:
-            orphan.unlink()
+            orphan.unlink(missing_ok=True)
         return len(orphans)
+
+
+def is_older(path: Path, age_s: float) -> bool:
+    """True if a file was last written more than ``age_s`` seconds ago; False if it is gone."""
+    if age_s == 0.0:
+        return True
+    try:
+        return time.time() - path.stat().st_mtime > age_s
+    except FileNotFoundError:
+        return False

@@ -26,6 +26,7 @@ from models.registry import Registry
 from service.records.database import Records
 from service.records.events import record_event
 from service.records.jobs import enqueue, retry_job
+from service.records.promises import SharedPromises
 from service.records.tables import JobInput, JobOrigin, JobState, new_identifier
 from service.records.work import NewInput, NewJob, input_key
 from service.spool import Spool, fsync_directory, fsync_file
@@ -50,12 +51,21 @@ class ReceivedFile:
 
 
 class UploadDesk:
-    """Takes uploads into the spool; one for a process."""
+    """Takes uploads into the spool; one for a process.
 
-    def __init__(self, spool: Spool) -> None:
+    Parameters
+    ----------
+    spool : Spool
+    records : Records or None
+        Where the desks of several processes tell each other what they have promised; None for a desk that
+        has the spool to itself.
+    """
+
+    def __init__(self, spool: Spool, records: Records | None = None) -> None:
         self.spool = spool
         self._lock = threading.Lock()
         self._promised_bytes = 0  # to uploads that are under way, and not yet written by them
+        self._promises = SharedPromises(records) if records is not None else None
 
     def begin(self, declared_bytes: int | None, *, maximum_bytes: int) -> Upload:
         """Open an upload, before its first byte is read.
@@ -85,9 +95,12 @@ class UploadDesk:
     def promise(self, size_bytes: int) -> None:
         """Promise more bytes of the disk, or (negative) give some back. Raises StorageFullError."""
         with self._lock:
-            if size_bytes > 0:
-                self.spool.check_space(self._promised_bytes + size_bytes)
-            self._promised_bytes += size_bytes
+            promised_bytes = self._promised_bytes + size_bytes
+            if self._promises is not None:
+                self._promises.share(promised_bytes, self.spool.check_space)
+            elif size_bytes > 0:
+                self.spool.check_space(promised_bytes)
+            self._promised_bytes = promised_bytes
 
     @property
     def promised_bytes(self) -> int:
@@ -108,9 +121,9 @@ class Upload:
         self._kept = False
         self.files: list[ReceivedFile] = []
         self.folder = desk.spool.uploads_dir / new_identifier()
-        desk.spool.make_folder(self.folder)
-        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._lock = _lock_of(self.folder)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        desk.spool.make_folder(self.folder)
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +138,7 @@ class Upload:
         if not self._kept:
             shutil.rmtree(self.folder)
         self._desk.promise(-self._promised_bytes)
-        os.close(self._lock)
+        _unlock(self.folder, self._lock)
 
     def account(self, size_bytes: int) -> None:
         """Count bytes of the request's body before they are used.
@@ -267,18 +280,33 @@ def clear_abandoned(records: Records, spool: Spool) -> int:
     """Remove the folders of uploads whose process died before their job was recorded; how many."""
     removed = 0
     for folder in [each for each in spool.uploads_dir.iterdir() if each.is_dir()]:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = _lock_of(folder)
         try:
             # The lock first: an upload holds it until its row is committed, so then the row can be seen.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        try:
             if not _is_recorded(records, spool.relative(folder)):
                 shutil.rmtree(folder)
                 removed += 1
-        except BlockingIOError:
-            continue
         finally:
-            os.close(descriptor)
+            _unlock(folder, descriptor)
     return removed
+
+
+def _lock_of(folder: Path) -> int:
+    """Descriptor of the file beside an upload's folder that is locked while the upload lives.
+
+    A file, and open for writing: NFS has no exclusive lock for anything else.
+    """
+    return os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def _unlock(folder: Path, descriptor: int) -> None:
+    folder.with_suffix(".lock").unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def _is_recorded(records: Records, relative: str) -> bool:

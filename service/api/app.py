@@ -76,7 +76,7 @@ def create_app(
         spool,
         registry,
         clock,
-        UploadDesk(spool),
+        UploadDesk(spool, records),
         provider=None if settings.oidc is None else Provider(settings.oidc),
         key_rates=Buckets(rates.key),
     )

@@ -51,9 +51,10 @@ from service.records.events import record_event
 from service.records.instances import Arrival, ReceivedInstance, Recorded, record_instance
 from service.records.tables import Delivery, DeliveryState, Instance, new_identifier
 from service.settings import Settings
-from service.spool import Spool
+from service.spool import Spool, is_older
 from service.tls import PeerCertificate, ReloadingContext
 
+_OTHERS_ARE_DONE_AFTER_S = 3600.0
 _STOP_TIMEOUT_S = 30.0
 _RECORD_TRIES = 3
 _HANDSHAKE_TIMEOUT_S = 10.0
@@ -94,7 +95,9 @@ class Receiver:
 
     def start(self) -> None:
         """Clear what a receiver that died has left, and listen; returns at once."""
-        removed = self._spool.clear_orphans() + self._clear_unrecorded()
+        # Records on a server may be those of several receivers, which are at work already.
+        spare_s = 0.0 if self._records.is_sqlite else _OTHERS_ARE_DONE_AFTER_S
+        removed = self._spool.clear_orphans(older_than_s=spare_s) + self._clear_unrecorded(spare_s)
         _config.LOG_HANDLER_LEVEL = "none"  # pynetdicom's own handlers log what they are sent
         entity = AE(ae_title=self._settings.ae_title)
         entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
@@ -337,7 +340,7 @@ class Receiver:
         except SQLAlchemyError as error:
             _log.error("receive.refusal_not_recorded", error_type=type(error).__name__)
 
-    def _clear_unrecorded(self) -> int:
+    def _clear_unrecorded(self, older_than_s: float) -> int:
         """Remove files that were named but never recorded: the receiver died between the two."""
         removed = 0
         for folder in self._spool.instances_dir.iterdir():
@@ -348,9 +351,9 @@ class Receiver:
                     select(Instance.instance_id).where(Instance.instance_id.between(first, last))
                 )
                 unrecorded = files.keys() - set(recorded)
-            for instance_id in unrecorded:
-                files[instance_id].unlink(missing_ok=True)
-            removed += len(unrecorded)
+            for path in [files[name] for name in unrecorded if is_older(files[name], older_than_s)]:
+                path.unlink(missing_ok=True)
+                removed += 1
         return removed
 
 

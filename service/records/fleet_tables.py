@@ -25,11 +25,11 @@ class WorkerRow(Base):
 
 
 class UploadPromise(Base):
-    """Space of the spool that an upload under way may still fill."""
+    """Space of the spool that the uploads under way in one process may still fill."""
 
     __tablename__ = "upload_promise"
 
-    upload_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    desk_id: Mapped[str] = mapped_column(String(32), primary_key=True)
     owner: Mapped[str] = mapped_column(String(128))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     renewed_at: Mapped[datetime]

@@ -32,11 +32,11 @@ def upgrade() -> None:
         batch_op.create_index("ix_worker_host", ["host"], unique=False)
     op.create_table(
         "upload_promise",
-        sa.Column("upload_id", sa.String(length=32), nullable=False),
+        sa.Column("desk_id", sa.String(length=32), nullable=False),
         sa.Column("owner", sa.String(length=128), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("renewed_at", sa.DateTime(), nullable=False),
-        sa.PrimaryKeyConstraint("upload_id"),
+        sa.PrimaryKeyConstraint("desk_id"),
     )
     op.create_table(
         "job_need",
