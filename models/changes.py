@@ -30,6 +30,11 @@ def meaning_changes(old: Manifest, new: Manifest) -> list[str]:
     return changes
 
 
+def same_label(one: Label, other: Label) -> bool:
+    """True if two labels mean the same: name, codes and side. Their values and colours may differ."""
+    return _label(one) == _label(other)
+
+
 def version_key(version: str) -> tuple[tuple[int, ...], bool, tuple[tuple[bool, int, str], ...]]:
     """A key that sorts semantic versions by precedence (Semantic Versioning 2.0.0, section 11).
 

@@ -223,15 +223,23 @@ class Registry:
             save_state(self.root / name, state.with_active(version))
         return bundle
 
-    def rollback(self, name: str) -> Bundle:
+    def rollback(self, name: str, *, only_from: str | None = None) -> Bundle:
         """Go back to the version that was active before, withdrawn ones left out; again: one further.
+
+        Parameters
+        ----------
+        only_from : str, optional
+            Go back only if this version is still the active one.
 
         Raises
         ------
         RegistryError
-            If there is nothing to go back to, or it is no longer what was installed.
+            If there is nothing to go back to, or it is no longer what was installed, or another version
+            than ``only_from`` is active.
         """
         with self._changing():
+            if only_from is not None and self._state(name).active != only_from:
+                raise RegistryError(f"Version {only_from} of {name[:64]!r} is not the active one any more.")
             state = self._state(name).rolled_back()
             if state is None or state.active is None:
                 raise RegistryError(

@@ -33,15 +33,15 @@ from models.resources import available_memory_bytes
 from service.errors import AttemptError, LostClaimError
 from service.inference import InferenceProcess
 from service.logs import get_logger
-from service.predecessors import predecessors_of
-from service.protocol import Failed, OpenModel, Refused, RunJob, Succeeded
+from service.orders import order_of_job
+from service.protocol import Failed, OpenModel, Refused, Succeeded
 from service.records.database import Records, utc_now
 from service.records.events import record_event
 from service.records.fleet import note_need
 from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
 from service.records.refusals import cancel_refusal_deliveries
-from service.records.supersession import supersede, superseded_objects
-from service.records.tables import Job, JobOrigin, JobState, ResultKind
+from service.records.supersession import supersede
+from service.records.tables import Job, JobState, ResultKind
 from service.records.work import NewResult, Outcome
 from service.settings import Settings
 from service.spool import Spool
@@ -149,7 +149,14 @@ class JobRunner:
         with self._records.write() as session:
             version = bundle.manifest.version
             bind_model(session, claim.job_id, claim.attempt, version=version, digest=bundle.digest)
-            order = self._order(session, claim)
+            order = order_of_job(
+                session,
+                self._settings,
+                self._spool,
+                claim.job_id,
+                attempt=claim.attempt,
+                output_dir=claim.output_dir,
+            )
         process = self._process_for(bundle)
         answer = watch(process, order, self._worker, stop, lambda *reached: self._renew(claim, *reached))
         if isinstance(answer, Refused):
@@ -168,37 +175,6 @@ class JobRunner:
             )
         return self._registry.get(model, version)
 
-    def _order(self, session: Session, claim: _Claim) -> RunJob:
-        job = session.get_one(Job, claim.job_id)
-        told_apart_by = None
-        if job.origin is JobOrigin.UPLOAD:  # of several channels: as the first route to the model has them
-            told_apart_by = route = self._settings.route_with_channels(job.model_name)
-        else:
-            route = self._settings.route(job.route_name or "")
-        channels: list[list[Path]] = [[] for _ in range(max((i.channel for i in job.inputs), default=0) + 1)]
-        names: dict[int, str] = {}
-        for each in job.inputs:
-            channels[each.channel].append(self._spool.absolute(each.path))
-            if each.channel_name is not None:
-                names[each.channel] = each.channel_name
-        order = RunJob(
-            job_id=claim.job_id,
-            attempt=claim.attempt,
-            channels=tuple(tuple(paths) for paths in channels),
-            created_at=job.created_at,
-            output_dir=claim.output_dir,
-            settings_digest=self._settings.results_digest,
-            supersedes=tuple(superseded_objects(session, claim.job_id)),
-            predecessors=predecessors_of(session, self._spool, claim.job_id),
-            profiles=self._settings.profiles_for(job.model_name, job.destinations),
-            channel_names=tuple(names[number] for number in sorted(names)),
-            told_apart_by=told_apart_by,
-        )
-        if route is None:
-            return order
-        rules = {"reading": route.reading, "alignment": route.alignment, "guard": route.guard}
-        return order.model_copy(update=rules)
-
     def _process_for(self, bundle: Bundle) -> InferenceProcess:
         """The process that holds this model: the one that runs, or a fresh one."""
         current = self._process
@@ -214,6 +190,7 @@ class JobRunner:
                 runtime=self._worker.runtime,
                 threads=self._worker.threads,
                 cache_dir=self._settings.cache_dir,
+                memory_bytes=self._worker.memory_bytes,
                 log_level=self._settings.log_level,
             )
         )

@@ -30,6 +30,7 @@ from service.records.tables import (
     Series,
     SeriesState,
 )
+from service.site_cases import require_no_case
 from service.spool import Spool
 
 _IDENTIFIER = re.compile(r"[0-9a-f]{32}")
@@ -55,7 +56,8 @@ def delete_study(
     NotFoundError
         If nothing of the study is here.
     ConflictError
-        If it is still being received, a job of it is running, or a result of it is being sent right now.
+        If it is still being received, a job of it is running, a result of it is being sent right now, or a
+        golden case of the site rests on it.
     """
     with records.write(alone=True) as session:
         instances = session.scalars(
@@ -76,10 +78,11 @@ def delete_study(
                 remedy="Wait until they are complete, then delete the study again.",
             )
         _check_idle(session, jobs, now)
+        require_no_case(session, [job.job_id for job in jobs])
         paths = {i.path for i in instances} | _forget_jobs(session, jobs)
         session.execute(delete(Instance).where(Instance.study_instance_uid == study_instance_uid))
         session.execute(delete(Series).where(Series.series_id.in_([s.series_id for s in series])))
-        files, size_bytes = _unlink(spool, paths)
+        files, size_bytes = unlink_files(spool, paths)
         deleted = Deleted(len(instances), len(jobs), files, size_bytes)
         _record(session, "study.deleted", study_instance_uid, deleted, actor=actor, now=now)
     return deleted
@@ -93,14 +96,15 @@ def delete_job(records: Records, spool: Spool, job_id: str, *, actor: str, now: 
     NotFoundError
         If there is no such job.
     ConflictError
-        If it is running, or a result of it is being sent right now.
+        If it is running, a result of it is being sent right now, or a golden case of the site rests on it.
     """
     with records.write(alone=True) as session:
         job = session.get(Job, job_id)
         if job is None:
             raise NotFoundError(f"There is no job {job_id}.")
         _check_idle(session, [job], now)
-        files, size_bytes = _unlink(spool, _forget_jobs(session, [job]))
+        require_no_case(session, [job_id])
+        files, size_bytes = unlink_files(spool, _forget_jobs(session, [job]))
         deleted = Deleted(0, 1, files, size_bytes)
         _record(session, "job.deleted", job_id, deleted, actor=actor, now=now)
     return deleted
@@ -156,7 +160,7 @@ def _forget_jobs(session: Session, jobs: Iterable[Job]) -> set[str]:
     return paths
 
 
-def _unlink(spool: Spool, paths: Iterable[str]) -> tuple[int, int]:
+def unlink_files(spool: Spool, paths: Iterable[str]) -> tuple[int, int]:
     """Unlink files, and the folders of one upload or job that are empty then; count and bytes."""
     files, size_bytes = 0, 0
     folders: set[Path] = set()

@@ -56,3 +56,9 @@ class AttemptError(SegnodeError):
         super().__init__(message, remedy=remedy)
         self.code = code
         self.retryable = retryable
+
+
+class GateError(ConflictError):
+    """Raised when a version would be activated that has not passed the gate, or not this one."""
+
+    code = "GATE_NOT_PASSED"

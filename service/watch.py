@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from service.errors import AttemptError
 from service.inference import InferenceProcess
@@ -15,6 +15,12 @@ _LISTEN_S = 0.2  # how soon a stop is noticed
 _RENEW_AT_LEAST_EVERY_S = 5.0  # how old the progress in the records may be, and a cancellation unnoticed
 
 
+class Stop(Protocol):
+    """What says that an attempt is to be given back; a ``threading.Event`` for one."""
+
+    def is_set(self) -> bool: ...
+
+
 class StoppingError(Exception):
     """Raised when the node is stopping: the attempt is given back."""
 
@@ -23,7 +29,7 @@ def watch(
     process: InferenceProcess,
     order: RunJob,
     settings: WorkerSettings,
-    stop: threading.Event,
+    stop: Stop,
     renew: Callable[[str, float], None],
 ) -> Succeeded | Refused | Failed:
     """Have a process run an attempt, and return its last word on it.

@@ -21,9 +21,11 @@ from sqlalchemy import select
 from models.registry import Registry
 from models.resources import available_memory_bytes
 from service.attempt import JobRunner
+from service.commitment import Committer
 from service.completeness import Completeness
 from service.delivery import Deliverer
 from service.errors import StorageFullError
+from service.governance import Governance
 from service.lease import LeaseOwner, is_proven_dead
 from service.logs import get_logger
 from service.records.database import Records, utc_now
@@ -33,6 +35,7 @@ from service.records.jobs import claim_job, reap_lapsed_jobs
 from service.records.leases import any_lease_lapsed, expire_leases, lease_owners
 from service.records.tables import Job, JobState
 from service.refusals import RefusalObjects
+from service.retention import Retention
 from service.settings import Settings
 from service.spool import Spool
 
@@ -91,10 +94,14 @@ class Worker:
         self._completeness = Completeness(settings, records, spool)
         self._refusals = RefusalObjects(records, spool, settings.profile_keys)
         self._deliverer = Deliverer(settings, records, spool)
+        self._committer = Committer(settings, records)
+        self._retention = Retention(settings, records, spool)
+        self._governance = Governance(settings, records, spool, registry, owner=self.owner)
         self._disk_is_full = False
         self._bell = bell
         self._memory_bytes = self._settings.memory_bytes or available_memory_bytes()
         self._beat_at = self._clocks_compared_at = float("-inf")
+        self._at_models_since: float | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Work until ``stop`` is set. A job that is under way is then given back unharmed."""
@@ -115,10 +122,15 @@ class Worker:
                 sign_off(session, self.owner)
 
     def run_one(self, stop: threading.Event) -> bool:
-        """Claim the next job and take it to an end; False if there is none, or no room for its results."""
+        """Claim the next job and take it to an end, or do what there is to do about models.
+
+        False if there is nothing to do, or no room for results.
+        """
         self._beat()
         if not self._has_room():
             return False
+        if self._at_models(self._governance.before_a_job, stop):
+            return True
         with self._records.write() as session:
             job = claim_job(
                 session,
@@ -129,7 +141,7 @@ class Worker:
                 memory_bytes=self._memory_bytes,
             )
         if job is None:
-            return False
+            return self._at_models(self._governance.when_idle, stop)
         log.info("job.claimed", job_id=job.job_id, attempt=job.attempt)
         self.runner.run(job, stop)
         return True
@@ -161,6 +173,14 @@ class Worker:
             log.warning("job.lapsed", job_id=job_id)
         return reaped
 
+    def _at_models(self, work: Callable[[threading.Event], bool], stop: threading.Event) -> bool:
+        """Do what there is to do about models. It may take long; housekeeping beats meanwhile."""
+        self._at_models_since = time.monotonic()
+        try:
+            return work(stop)
+        finally:
+            self._at_models_since = None
+
     def _beat(self) -> None:
         """Write down, now and then, that jobs are being looked for. Called where they are, nowhere else."""
         if time.monotonic() - self._beat_at < _BEAT_EVERY_S:
@@ -190,12 +210,17 @@ class Worker:
 
     def _keep_house(self) -> bool:
         self._compare_clocks()
+        since = self._at_models_since
+        if since is not None and time.monotonic() - since < self._settings.job_deadline_s:
+            self._beat()
         self.reap(self._records.now())
         jobs = self._completeness.sweep(utc_now())
+        self._governance.probation.sweep(utc_now())
+        self._retention.sweep(utc_now())
         return jobs + self._refusals.sweep(utc_now()) > 0
 
     def _deliver(self) -> bool:
-        return self._deliverer.run_once(self._records.now())
+        return self._deliverer.run_once(self._records.now()) or self._committer.run_once(self._records.now())
 
     def _has_room(self) -> bool:
         """False while results would eat into the reserve of the disk; says so once."""

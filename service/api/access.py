@@ -50,6 +50,9 @@ MINIMUM_ROLE: dict[str, Role] = {
     "retry_delivery": Role.OPERATOR,
     "list_destinations": Role.OPERATOR,
     "echo_destination": Role.OPERATOR,
+    "list_cases": Role.OPERATOR,
+    "approve_case": Role.OPERATOR,
+    "remove_case": Role.OPERATOR,
     "delete_study": Role.ADMIN,
     "list_models": Role.ADMIN,
     "add_model": Role.ADMIN,
@@ -57,6 +60,13 @@ MINIMUM_ROLE: dict[str, Role] = {
     "roll_back_model": Role.ADMIN,
     "withdraw_model": Role.ADMIN,
     "list_studies_of_model": Role.ADMIN,
+    "read_gate": Role.ADMIN,
+    "run_gate": Role.ADMIN,
+    "read_shadow": Role.ADMIN,
+    "start_shadow": Role.ADMIN,
+    "stop_shadow": Role.ADMIN,
+    "list_activations": Role.ADMIN,
+    "recall_model": Role.ADMIN,
     "list_events": Role.ADMIN,
 }
 

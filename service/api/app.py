@@ -12,7 +12,18 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from models.registry import Registry
-from service.api import audit, deliveries, destinations, health, jobs, models, segmentations, studies
+from service.api import (
+    audit,
+    cases,
+    deliveries,
+    destinations,
+    governance,
+    health,
+    jobs,
+    models,
+    segmentations,
+    studies,
+)
 from service.api.access import MINIMUM_ROLE, authorize
 from service.api.login import router as login_router
 from service.api.middleware import Boundary, Limits, SecurityHeaders
@@ -28,8 +39,14 @@ from service.settings import Settings
 from service.spool import Spool
 from service.uploads import UploadDesk, clear_abandoned
 
-_NOUNS = (segmentations, studies, jobs, deliveries, destinations, models, audit)
-_STREAMED = frozenset({("POST", f"{API_PREFIX}/segmentations"), ("POST", f"{API_PREFIX}/models")})
+NOUNS = (segmentations, studies, jobs, deliveries, destinations, models, governance, cases, audit)
+_STREAMED = frozenset(
+    {
+        ("POST", f"{API_PREFIX}/segmentations"),
+        ("POST", f"{API_PREFIX}/models"),
+        ("POST", f"{API_PREFIX}/cases"),
+    }
+)
 
 _DESCRIPTION = """\
 Volumes in, segmentations out; and what the node has received, does and has sent.
@@ -80,7 +97,7 @@ def create_app(
         provider=None if settings.oidc is None else Provider(settings.oidc),
         key_rates=Buckets(rates.key),
     )
-    for noun in _NOUNS:
+    for noun in NOUNS:
         app.include_router(
             noun.router,
             prefix=API_PREFIX,

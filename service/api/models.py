@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from models.bundle import Bundle
 from models.errors import BundleError, ModelUnknownError, RegistryError
 from models.registry import Registry
+from service.activation import activate, roll_back
 from service.api.access import Caller, CallerDep
 from service.api.multipart import declared_length, receive_form, require_json
 from service.api.paging import AfterIdentifier, Limit, page
@@ -134,26 +135,27 @@ async def add_model(request: Request, response: Response, state: State, caller: 
     responses=problem_responses(404, 409, 415),
 )
 def activate_model(name: ModelName, activation: Activation, state: State, caller: CallerDep) -> ModelDocument:
-    """Make a version the active one. Jobs that run finish on the version that they began with."""
-    before = state.registry.active_version(name)
-    bundle = state.registry.activate(
-        name, activation.version, accept_changed_labels=activation.accept_changed_labels
+    """Make a version the active one, once it has passed the gate. Jobs that run finish on the version that
+    they began with.
+    """
+    activate(
+        state.records,
+        state.registry,
+        state.settings.models,
+        name,
+        activation.version,
+        actor=caller.name,
+        now=state.clock(),
+        accept_changed_labels=activation.accept_changed_labels,
+        override_reason=activation.override_reason,
     )
-    _record(state, caller, "model.activated", bundle, before=before)
     return _model(state.registry, name)
 
 
 @router.post("/models/{name}/rollback", responses=problem_responses(404, 409))
 def roll_back_model(name: ModelName, state: State, caller: CallerDep) -> ModelDocument:
     """Go back to the version that was active before."""
-    before = state.registry.active_version(name)
-    if before is None:
-        raise ModelUnknownError(
-            f"The model {name!r} has no active version here.",
-            remedy=f"Models here: {', '.join(state.registry.names()) or 'none'}.",
-        )
-    bundle = state.registry.rollback(name)
-    _record(state, caller, "model.rolled_back", bundle, before=before)
+    roll_back(state.records, state.registry, name, actor=caller.name, now=state.clock())
     return _model(state.registry, name)
 
 

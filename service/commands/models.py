@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands import signing
+from service.commands import governance, signing
 from service.commands.console import note, show_table
+from service.commands.governance import AcceptChangedLabels, activate_through_gate, actor, open_node_of
 from service.commands.settings import Config, load
 
 if TYPE_CHECKING:
@@ -51,17 +52,33 @@ def list_models(config: Config = None) -> None:
 @app.command()
 def add(
     bundle: Annotated[Path, typer.Argument(help="A model bundle: a folder or a .zip.", exists=True)],
-    activate: Annotated[bool, typer.Option("--activate", help="Activate it as well.")] = False,
-    accept_changed_labels: Annotated[bool, typer.Option("--accept-changed-labels")] = False,
+    activate: Annotated[
+        bool, typer.Option("--activate", help="Activate it as well, through the gate.")
+    ] = False,
+    accept_changed_labels: AcceptChangedLabels = False,
     config: Config = None,
 ) -> None:
     """Check a bundle whole, its golden case too, and install it."""
-    registry = _registry(config)
-    added = registry.add(bundle).manifest
-    note(f"Installed {added.name} {added.version}.")
-    if activate:
-        registry.activate(added.name, added.version, accept_changed_labels=accept_changed_labels)
-        note(f"{added.name} {added.version} is active: new jobs run on it.")
+    from service.records.database import utc_now
+    from service.records.events import record_event
+
+    with open_node_of(config) as node:
+        installed = node.registry.add(bundle)
+        added = installed.manifest
+        subject = f"{added.name}@{added.version}"
+        with node.records.write() as session:
+            detail = {"digest": installed.digest}
+            record_event(session, "model.added", actor=actor(), at=utc_now(), subject=subject, detail=detail)
+        note(f"Installed {added.name} {added.version}.")
+        if activate:
+            activate_through_gate(
+                node,
+                added.name,
+                added.version,
+                accept_changed_labels=accept_changed_labels,
+                override_reason=None,
+            )
+            note(f"{added.name} {added.version} is active: new jobs run on it.")
 
 
 app.command(name="make-key")(signing.make_key)
@@ -73,26 +90,51 @@ app.command()(signing.verify)
 def activate(
     name: Name,
     version: Version,
-    accept_changed_labels: Annotated[
-        bool,
-        typer.Option("--accept-changed-labels", help="Confirm that labels, channels or orientation change."),
-    ] = False,
+    accept_changed_labels: AcceptChangedLabels = False,
+    override_gate: Annotated[
+        str | None,
+        typer.Option(metavar="REASON", help="Activate it without a passed gate; the audit trail says why."),
+    ] = None,
     config: Config = None,
 ) -> None:
-    """Let new jobs run on a version. Jobs under way end on the one they began with."""
-    _registry(config).activate(name, version, accept_changed_labels=accept_changed_labels)
+    """Let new jobs run on a version that passes the gate. Jobs under way end on the one they began with."""
+    with open_node_of(config) as node:
+        activate_through_gate(
+            node,
+            name,
+            version,
+            accept_changed_labels=accept_changed_labels,
+            override_reason=override_gate,
+        )
     note(f"{name} {version} is active: new jobs run on it.")
 
 
 @app.command()
 def rollback(name: Name, config: Config = None) -> None:
     """Go back to the version that was active before."""
-    version = _registry(config).rollback(name).manifest.version
-    note(f"{name} {version} is active again.")
+    from service.activation import roll_back
+    from service.records.database import utc_now
+
+    with open_node_of(config) as node:
+        bundle = roll_back(node.records, node.registry, name, actor=actor(), now=utc_now())
+    note(f"{name} {bundle.manifest.version} is active again.")
 
 
 @app.command()
 def withdraw(name: Name, version: Version, config: Config = None) -> None:
     """Take a version out of use for good; its files stay, so that past results can be explained."""
-    _registry(config).withdraw(name, version)
+    from service.records.database import utc_now
+    from service.records.events import record_event
+
+    with open_node_of(config) as node:
+        node.registry.withdraw(name, version)
+        with node.records.write() as session:
+            alert = node.registry.active_version(name) == version
+            subject = f"{name}@{version}"
+            record_event(
+                session, "model.withdrawn", actor=actor(), at=utc_now(), subject=subject, alert=alert
+            )
     note(f"{name} {version} is withdrawn: it starts no job any more.")
+
+
+governance.register(app)

@@ -16,6 +16,7 @@ from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from service.commitment import ReportDesk
 from service.dicom.admission import (
     ADDRESS_UNKNOWN,
     CALLING_AE_TITLE_UNKNOWN,
@@ -25,6 +26,7 @@ from service.dicom.admission import (
     Admission,
     Rejection,
 )
+from service.dicom.commitment import answer_report, commitment_contexts
 from service.dicom.contexts import (
     STORAGE_SERVICE_CLASS,
     acceptable_contexts,
@@ -83,6 +85,7 @@ class Receiver:
         self._spool = spool
         self._admission = Admission(settings.dicom, spool)
         self._throttle = Throttle()
+        self._reports = ReportDesk(records, settings.commitment)
         # Connections that have not shaken hands yet are no associations, and need a bound of their own.
         self._handshakes = threading.BoundedSemaphore(settings.dicom.maximum_associations)
         self._server: Any = None
@@ -120,6 +123,7 @@ class Receiver:
                 (evt.EVT_SOP_COMMON, _name_storage_classes),
                 (evt.EVT_C_ECHO, _on_echo),
                 (evt.EVT_C_STORE, self._on_store),
+                (evt.EVT_N_EVENT_REPORT, self._on_event_report),
                 (evt.EVT_CONN_CLOSE, close_connection),
                 (evt.EVT_CONN_CLOSE, _on_connection_closed),
             ],
@@ -195,7 +199,8 @@ class Receiver:
             )
             if rejection is None:
                 proposed = request.presentation_context_definition_list
-                association.acceptor.supported_contexts = acceptable_contexts(proposed)
+                reports = commitment_contexts(association.requestor.role_selection)
+                association.acceptor.supported_contexts = [*acceptable_contexts(proposed), *reports]
                 return
             self._record_rejection(rejection, request.calling_ae_title, association.requestor.address)
         except Exception:  # noqa: BLE001 - pynetdicom swallows what a handler raises, and would let the peer in
@@ -226,6 +231,10 @@ class Receiver:
             )
 
     # --- Objects
+
+    def _on_event_report(self, event: Any) -> tuple[int, None]:
+        """Take a destination's report on what it keeps; runs in the association's thread."""
+        return answer_report(event, self._reports.take), None
 
     def _on_store(self, event: Any) -> Dataset:
         """Answer a C-STORE; runs in the association's thread."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +10,7 @@ from ssl import SSLSocket
 from typing import Any
 
 from pydicom import dcmread
+from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pynetdicom import AE, _config, evt
@@ -116,7 +117,7 @@ def send_files(
 
 def echo(destination: Destination, *, calling_ae_title: str) -> SendOutcome:
     """Ask the peer with C-ECHO whether it is there; the outcome is DELIVERED if it is."""
-    with _Association(destination, calling_ae_title, [verification_context()]) as association:
+    with OutgoingAssociation(destination, calling_ae_title, [verification_context()]) as association:
         if association.failure is not None:
             return association.failure
         return association.echo()
@@ -156,7 +157,7 @@ def _send_batch(
     contexts = [build_context(sop_class, syntax) for sop_class, syntax in proposed]
     waiting = list(files)
     while waiting:  # a new association after one that was lost, with what is left
-        with _Association(destination, calling_ae_title, contexts) as association:
+        with OutgoingAssociation(destination, calling_ae_title, contexts) as association:
             if association.failure is not None:
                 yield from ((file.path, association.failure) for file in waiting)
                 return
@@ -167,11 +168,16 @@ def _send_batch(
                     break
 
 
-class _Association:
+class OutgoingAssociation:
     """One association as requestor. ``failure`` says why it was not established."""
 
     def __init__(
-        self, destination: Destination, calling_ae_title: str, contexts: list[PresentationContext]
+        self,
+        destination: Destination,
+        calling_ae_title: str,
+        contexts: list[PresentationContext],
+        *,
+        on_event_report: Callable[[Any], Any] | None = None,
     ) -> None:
         self.failure: SendOutcome | None = None
         self._timeout_s = destination.timeout_s
@@ -207,6 +213,7 @@ class _Association:
                 evt_handlers=[
                     (evt.EVT_CONN_OPEN, self._on_connection),
                     (evt.EVT_CONN_CLOSE, close_connection),
+                    *([(evt.EVT_N_EVENT_REPORT, on_event_report)] if on_event_report is not None else []),
                 ],
             )
         except OSError as error:  # the host name is not known
@@ -215,7 +222,7 @@ class _Association:
         if not self._association.is_established:
             self.failure = self._why_not(where)
 
-    def __enter__(self) -> _Association:
+    def __enter__(self) -> OutgoingAssociation:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -255,6 +262,28 @@ class _Association:
         if "Status" not in response:
             return self._silence()
         return judge_status(response.Status)
+
+    def act(
+        self, dataset: Dataset, *, action_type: int, sop_class_uid: str, sop_instance_uid: str
+    ) -> SendOutcome:
+        """An N-ACTION; only success is DELIVERED, and nothing is parked: it can be asked for again."""
+        try:
+            response, _ = self._association.send_n_action(
+                dataset, action_type, sop_class_uid, sop_instance_uid
+            )
+        except RuntimeError:  # the association ended before the request
+            return self._silence()
+        except ValueError:
+            return SendOutcome(OutcomeKind.PARK, error="The peer accepts no presentation context for this.")
+        if "Status" not in response:
+            return self._silence()
+        if response.Status == 0x0000:
+            return SendOutcome(OutcomeKind.DELIVERED, 0x0000)
+        return SendOutcome(
+            OutcomeKind.RETRY_FAILURE_STATUS,
+            response.Status,
+            f"The peer answered 0x{response.Status:04X}.",
+        )
 
     def store(self, file: _File) -> SendOutcome:
         accepted = {

@@ -1,4 +1,4 @@
-"""A model is swapped through the admin endpoints while 20 jobs run; then it is rolled back the same way."""
+"""A model is swapped through gate and admin endpoints while 20 jobs run; then it is rolled back the same way."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def swapped_node(
             models=models_dir,
             destinations={"pacs": pacs.port},
             routes=[ROUTE | {"quiet_time_s": 8.0}],
+            gate={"longest_wait_s": 0.0},  # the queue is never empty here
         ) as node,
     ):
         yield node, pacs
@@ -77,10 +78,17 @@ def test_swap_and_roll_back_while_jobs_run(
     pack_zip(newer, tmp_path / "newer.zip")
     old_digest = Bundle.open(node.data_dir / "models" / "threshold" / "1.0.0").digest
 
+    def at_the_gate(client: Any) -> dict[str, Any]:
+        return dict(client.get("/models/threshold/1.1.0/gate").json())
+
     def upload_and_activate() -> None:
         with node.client() as client, (tmp_path / "newer.zip").open("rb") as archive:
             response = client.post("/models", files={"bundle": ("newer.zip", archive, "application/zip")})
             assert response.status_code == 201, response.text
+            response = client.post("/models/threshold/1.1.0/gate", json={})
+            assert response.status_code == 202, response.text
+            until(lambda: at_the_gate(client)["state"] in ("passed", "failed"), 120, node.log)
+            assert at_the_gate(client)["state"] == "passed", at_the_gate(client)
             response = client.post("/models/threshold/activate", json={"version": "1.1.0"})
             assert response.is_success, response.text
 

@@ -14,7 +14,7 @@ from api_harness import STUDY, ApiHarness, assert_problem, nifti
 from fastapi.routing import APIRoute
 from sqlalchemy import text
 
-from service.api import audit, deliveries, jobs, models, segmentations, studies
+from service.api.app import NOUNS
 from service.api.access import MINIMUM_ROLE
 from service.keys import create_key, revoke
 from service.logs import configure_logging
@@ -42,11 +42,23 @@ OPERATIONS = [
     ("retry_job", "POST", f"/api/v1/jobs/{JOB}/retry", "operator"),
     ("list_deliveries", "GET", "/api/v1/deliveries", "operator"),
     ("retry_delivery", "POST", f"/api/v1/deliveries/{JOB}/retry", "operator"),
+    ("list_destinations", "GET", "/api/v1/destinations", "operator"),
+    ("echo_destination", "POST", "/api/v1/destinations/pacs/echo", "operator"),
+    ("list_cases", "GET", "/api/v1/cases", "operator"),
+    ("approve_case", "POST", "/api/v1/cases", "operator"),
+    ("remove_case", "DELETE", f"/api/v1/cases/{JOB}", "operator"),
     ("list_models", "GET", "/api/v1/models", "admin"),
     ("add_model", "POST", "/api/v1/models", "admin"),
     ("activate_model", "POST", "/api/v1/models/threshold/activate", "admin"),
     ("roll_back_model", "POST", "/api/v1/models/threshold/rollback", "admin"),
     ("withdraw_model", "POST", "/api/v1/models/threshold/1.0.0/withdraw", "admin"),
+    ("list_activations", "GET", "/api/v1/models/threshold/activations", "admin"),
+    ("read_gate", "GET", "/api/v1/models/threshold/1.0.0/gate", "admin"),
+    ("run_gate", "POST", "/api/v1/models/threshold/1.0.0/gate", "admin"),
+    ("read_shadow", "GET", "/api/v1/models/threshold/shadow", "admin"),
+    ("start_shadow", "POST", "/api/v1/models/threshold/shadow", "admin"),
+    ("stop_shadow", "DELETE", "/api/v1/models/threshold/shadow", "admin"),
+    ("recall_model", "POST", "/api/v1/models/threshold/1.0.0/recall", "admin"),
     ("list_studies_of_model", "GET", "/api/v1/models/threshold/1.0.0/studies", "admin"),
     ("list_events", "GET", "/api/v1/audit", "admin"),
 ]
@@ -56,7 +68,7 @@ RANK = ["uploader", "operator", "admin"]
 def test_every_operation_is_in_this_table() -> None:
     served = {
         (route.name, method)
-        for noun in (segmentations, studies, jobs, deliveries, models, audit)
+        for noun in NOUNS
         for route in noun.router.routes
         if isinstance(route, APIRoute)
         for method in route.methods
@@ -69,7 +81,8 @@ def test_every_operation_is_in_this_table() -> None:
 def test_each_role_may_do_what_the_table_says(
     api: ApiHarness, operation: str, method: str, path: str, lowest: str
 ) -> None:
-    body = {"json": {"version": "1.0.0"}} if operation == "activate_model" else {}
+    body = {"json": {"version": "1.0.0"}} if operation in ("activate_model", "start_shadow") else {}
+    body = {"json": {}} if operation == "run_gate" else body
     anonymous = api.request(method, path, key=None, **body)
     assert_problem(anonymous, 401, "KEY_MISSING")
     assert anonymous.headers["www-authenticate"].startswith("Bearer")

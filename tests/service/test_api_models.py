@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from api_harness import STUDY, ApiHarness, assert_problem, bundle_zip
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from models.bundle import Bundle
 from models.errors import BundleError
@@ -16,6 +18,14 @@ from service.records.database import Records
 from service.records.tables import Event
 
 URL = "/api/v1/models"
+
+
+@pytest.fixture
+def api(tmp_path: Path, records: Records) -> Iterator[ApiHarness]:
+    """An interface whose site does without the gate, which has tests of its own."""
+    storage = {"low_watermark_bytes": 0, "reserve_bytes": 0}
+    with capture_logs():
+        yield ApiHarness(tmp_path, records, storage=storage, models={"require_gate": False})
 
 
 def send(api: ApiHarness, *archives: bytes, field: str = "bundle"):  # type: ignore[no-untyped-def]
