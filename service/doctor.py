@@ -103,6 +103,23 @@ def check_route(route: Route, registry: Registry) -> Finding:
         return _problem(what, f"{route.model} {version} is not installed.", "Install it, or name another.")
     if registry.is_withdrawn(route.model, version):
         return _problem(what, f"{route.model} {version} is withdrawn.", "Activate another version.")
+    try:
+        named = [channel.name for channel in registry.get(route.model, version).manifest.channels]
+    except SegnodeError as error:
+        return _problem(what, error.message, error.remedy or "Add the model again.")
+    if len(named) > 1 and not route.channels:
+        return _problem(
+            what,
+            f"{route.model} {version} has {len(named)} channels, and the route does not tell them apart.",
+            f"Give conditions under channels for each of {', '.join(named)}.",
+        )
+    if route.channels and sorted(route.channels) != sorted(named):
+        return _problem(
+            what,
+            f"It names the channels {', '.join(route.channels)}; {route.model} {version} has "
+            f"{', '.join(named)}.",
+            "Name the channels as the model does.",
+        )
     if not route.destinations:
         return _warning(
             what, "It has no destination: its results stay in the node.", "Name some under destinations."

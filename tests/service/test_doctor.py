@@ -129,6 +129,25 @@ def test_a_route_that_leads_nowhere(
     assert findings(settings(tmp_path, routes=[ROUTE | route]), registry)["route mr"].health is health
 
 
+def test_a_route_that_does_not_tell_the_channels_of_its_model_apart(
+    tmp_path: Path, registry: Registry
+) -> None:
+    bundle = make_threshold_bundle(tmp_path / "two", name="two", channels=2)
+    registry.add(bundle.folder, check_golden=False)
+    registry.activate("two", "1.0.0")
+    t1, flair = {"SeriesDescription": "T1"}, {"SeriesDescription": "FLAIR"}
+    for model, channels, said in (
+        ("two", {}, "does not tell them apart"),
+        ("two", {"channel 0": t1, "FLAIR": flair}, "It names the channels channel 0, FLAIR; two 1.0.0 has"),
+        ("threshold", {"channel 0": t1, "channel 1": flair}, "threshold 1.0.0 has channel 0."),
+        ("two", {"channel 1": t1, "channel 0": flair}, None),
+    ):
+        route = ROUTE | {"model": model, "channels": channels}
+        found = findings(settings(tmp_path, routes=[route]), registry)["route mr"]
+        assert (found.health is Health.OK) == (said is None), found
+        assert said is None or said in found.message
+
+
 def test_a_withdrawn_model_and_an_altered_one(tmp_path: Path, registry: Registry) -> None:
     registry.withdraw("threshold", "1.0.0")
     assert findings(settings(tmp_path), registry)["route mr"].health is Health.PROBLEM
