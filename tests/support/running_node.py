@@ -170,6 +170,11 @@ class RunningNode:
             return False
         return True
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command that works on this node needs in its environment."""
+        return dict(self._environment)
+
     # --- DICOM
 
     @property
