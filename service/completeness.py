@@ -229,7 +229,7 @@ class Completeness:
             detail = {"route": route.name, "version": route.version, "used": job.requested_version}
             self._tell(session, "route.version_ignored", job.job_id, now, alert=True, detail=detail)
         first = next((each for each in self._routes if each.name == job.route_name), None)
-        if first is not None and first.reading != route.reading:
+        if first is not None and _rules(first) != _rules(route):
             detail = {"route": route.name, "used": first.name}
             self._tell(session, "route.reading_ignored", job.job_id, now, alert=True, detail=detail)
 
@@ -307,6 +307,11 @@ class Completeness:
 def _shortest_wait_s(route: Route) -> float:
     """The least time after the last instance at which a route may take a series."""
     return route.settled_after_s if route.required_series else route.quiet_time_s
+
+
+def _rules(route: Route) -> tuple[object, ...]:
+    """What a route says of how its images are taken."""
+    return route.reading, route.alignment, route.guard
 
 
 def _new_job(session: Session, route: Route, several: Sequence[SeriesFacts]) -> NewJob:

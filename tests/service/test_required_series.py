@@ -184,9 +184,12 @@ def test_a_late_slice_after_the_set_makes_a_job_that_supersedes(new_study: Calla
     assert study.node.jobs()[2].supersedes_job_id in old
 
 
-def test_a_second_route_that_reads_in_another_way_is_told_that_it_does_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rules", [{"gantry_tilt": "resample"}, {"guard": {"border": "refuse"}}])
+def test_a_second_route_that_reads_in_another_way_is_told_that_it_does_not(
+    tmp_path: Path, rules: dict[str, object]
+) -> None:
     plain = {"name": "a", "model": "threshold", "match": {"Modality": "MR"}, "quiet_time_s": 10.0}
-    other = {**plain, "name": "b", "gantry_tilt": "resample"}
+    other = {**plain, "name": "b", **rules}
     node = make_node(tmp_path / "node", routes=[plain, plain | {"name": "c"}, other])
     completeness = Completeness(node.settings, node.records, node.spool)
     node.receive_phantom(tmp_path / "s")
