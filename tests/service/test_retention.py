@@ -238,9 +238,7 @@ def test_a_job_of_two_studies_goes_with_the_last_of_them(api: ApiHarness) -> Non
     complete(api)
     api.succeed(api.enqueue(instances=instances, destinations=["pacs"]))
     late = received(api, study=other)
-    assert (
-        sweep(api).studies == 0
-    )  # the other has a job that waits, and this one's rests on it
+    assert sweep(api).studies == 0  # the other has a job that waits, and this one's rests on it
     with api.records.write() as session:
         session.execute(
             update(Job).where(Job.job_id == late).values(state=JobState.CANCELLED, finished_at=api.now)
