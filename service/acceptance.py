@@ -24,7 +24,8 @@ from models.nifti import read_labelmap
 from service.dicom.send import OutcomeKind, echo, send_files
 from service.node import Node
 from service.records.tables import Delivery, DeliveryState, Job, JobState, Result, ResultKind
-from service.settings import Destination, Route
+from service.routes import Route
+from service.settings import Destination
 
 MINIMUM_DICE = 0.99  # the phantom was rounded to 16 bits on its way through DICOM
 _POLL_S = 0.5

@@ -32,6 +32,7 @@ from service.records.supersession import enqueue_newest, refuse_at_once
 from service.records.tables import Instance, Job, JobOrigin, Series, SeriesState
 from service.records.work import NewInput, NewJob, input_key
 from service.required_series import are_present
+from service.routes import Route
 from service.routing import (
     SeriesFacts,
     check_study_age,
@@ -40,7 +41,7 @@ from service.routing import (
     takes,
     wanted_keywords,
 )
-from service.settings import Route, Settings
+from service.settings import Settings
 from service.spool import Spool
 
 log = get_logger(__name__)

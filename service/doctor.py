@@ -22,7 +22,8 @@ from models.registry import Registry
 from models.resources import available_memory_bytes, usable_cores
 from models.runtimes import available_runtimes, choose_runtime
 from service.records.migrate import current_revision, head_revision
-from service.settings import GIB, Destination, Route, Settings
+from service.routes import Route
+from service.settings import GIB, Destination, Settings
 from service.tls import TlsError, check_key, read_certificates
 
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "glusterfs"})

@@ -19,7 +19,7 @@ from service.dicom.series import GeometryPolicy, SourceSeries, read_series
 from service.guard import guard_modalities
 from service.guard_rules import USUAL_GUARD, GuardRules
 from service.reading import AS_USUAL, ReadingRules
-from service.settings import Route
+from service.routes import Route
 from service.straightening import Straightening, background_of
 from service.study_channels import channels_of_study
 

@@ -34,7 +34,7 @@ from service.overlay import draw_overlay
 from service.profiles import Profile
 from service.reading import AS_USUAL, ReadingRules
 from service.rendering import Finding, OutputFile, describe, most_objects, render
-from service.settings import Route
+from service.routes import Route
 from service.spool import fsync_directory, fsync_file
 
 LABELMAP, MEASUREMENTS, PREVIEW = "labelmap.nii.gz", "measurements.json", "preview.png"

@@ -19,7 +19,7 @@ from service.errors import AttemptError
 from service.guard_rules import USUAL_GUARD, GuardRules
 from service.profiles import Profile
 from service.reading import AS_USUAL, ReadingRules
-from service.settings import Route
+from service.routes import Route
 
 MAXIMUM_LINE_BYTES = 16 * 1024**2  # the paths of 50,000 files fit
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from service.routes import Condition
 from service.routing import SeriesFacts, satisfies
-from service.settings import Condition
 
 
 def are_present(required: Sequence[Mapping[str, Condition]], found: Sequence[SeriesFacts]) -> bool:

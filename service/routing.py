@@ -14,7 +14,7 @@ from datetime import date, datetime
 from math import isfinite
 
 from models.errors import ReasonCode, Refusal
-from service.settings import SERIES_FACTS, Condition, Route
+from service.routes import SERIES_FACTS, Condition, Route
 
 FURTHER_KEYWORDS = ("StudyDate", "SeriesNumber")
 """Attributes that decisions need beside those that conditions name."""

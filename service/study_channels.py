@@ -7,8 +7,8 @@ from pathlib import Path
 
 from service.archive import dicom_files
 from service.headers import read_attributes
+from service.routes import Route
 from service.routing import SeriesFacts, choose_channels, takes, wanted_keywords
-from service.settings import Route
 
 _SENDER = ("calling_ae_title", "called_ae_title")  # what files do not have
 

@@ -14,7 +14,8 @@ from service.commands.console import note
 from service.commands.settings import Config, load
 
 if TYPE_CHECKING:
-    from service.settings import Route, Settings
+    from service.routes import Route
+    from service.settings import Settings
 
 
 class NotAcceptedError(SegnodeError):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from service.channel_rules import AlignmentRules
     from service.pipeline import PipelineOutcome
     from service.reading import ReadingRules
-    from service.settings import Route
+    from service.routes import Route
 
 _KINDS = {".nii.gz": "labelmap", ".dcm": "segmentation"}
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.errors import ReasonCode, Refusal
+from service.routes import Condition, Route
 from service.routing import (
     SeriesFacts,
     check_study_age,
@@ -20,7 +21,6 @@ from service.routing import (
     takes,
     wanted_keywords,
 )
-from service.settings import Condition, Route
 
 NOON = datetime(2026, 6, 15, 12)  # noqa: DTZ001  # times in the records are naive
 
