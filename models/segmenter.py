@@ -151,8 +151,8 @@ class Segmenter:
         Raises
         ------
         Refusal
-            INVALID_VALUES, MISSING_CHANNEL or OUT_OF_LIMITS; see `models.preprocessing`. OUT_OF_LIMITS too
-            for a volume that would not fit in this process's memory if it had the machine to itself.
+            INVALID_VALUES, MISSING_CHANNEL or OUT_OF_LIMITS; see `models.preprocessing`. TOO_LARGE for a
+            volume that would not fit if this process had the machine to itself.
         OutOfMemoryError
             If the volume would fit, but not in the memory that is free now.
         NonFiniteLogitsError
@@ -243,7 +243,7 @@ class Segmenter:
         limit = min(memory_limit_bytes(), self._memory_limit or 2**63)
         if peak > limit:
             raise Refusal(
-                ReasonCode.OUT_OF_LIMITS,
+                ReasonCode.TOO_LARGE,
                 f"This volume takes up to {peak / 1e9:.1f} GB of memory, but the limit is"
                 f" {limit / 1e9:.1f} GB.",
                 remedy="Run it on a node with more memory, or crop the volume.",

@@ -37,7 +37,7 @@ from service.orders import order_of_job
 from service.protocol import Failed, OpenModel, Refused, Succeeded
 from service.records.database import Records, utc_now
 from service.records.events import record_event
-from service.records.fleet import note_need
+from service.records.fleet import live_workers, note_need
 from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
 from service.records.refusals import cancel_refusal_deliveries
 from service.records.supersession import supersede
@@ -134,7 +134,10 @@ class JobRunner:
             reason = ReasonCode.MODEL_WITHDRAWN if withdrawn else ReasonCode.MODEL_UNKNOWN
             self._refuse(claim, Refusal(reason, error.message, remedy=error.remedy))
         except Refusal as refusal:
-            self._refuse(claim, refusal)
+            if refusal.reason is ReasonCode.TOO_LARGE and self._a_larger_worker_takes(model):
+                self._fail(claim, OutOfMemoryError(refusal.message, remedy=refusal.remedy))
+            else:
+                self._refuse(claim, refusal)
         except LostClaimError:
             raise
         except SegnodeError as error:
@@ -278,6 +281,14 @@ class JobRunner:
 
         log.warning("job.attempt_failed", job_id=claim.job_id, attempt=claim.attempt, code=error.code)
         self._report(fail)
+
+    def _a_larger_worker_takes(self, model: str) -> bool:
+        """Whether a worker that is alive has more memory than this one, and takes jobs of this model."""
+        with self._records.read() as session:
+            return any(
+                worker.memory_bytes > self._memory_bytes and (not worker.models or model in worker.models)
+                for worker in live_workers(session, now=self._records.now())
+            )
 
     def _renew(self, claim: _Claim, stage: str, fraction: float) -> None:
         """Keep the lease. Raises LostClaimError. A database that is away is tried again at the next call."""

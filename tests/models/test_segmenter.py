@@ -186,7 +186,7 @@ def test_a_volume_that_could_never_fit_is_refused_for_good(
     sentence = rf"takes up to \d+\.\d GB of memory, but the limit is {estimate / 1e9:.1f} GB"
     with pytest.raises(Refusal, match=sentence) as refusal:
         Segmenter(folder, threads=1, memory_limit=estimate).segment(volume)
-    assert refusal.value.reason is ReasonCode.OUT_OF_LIMITS
+    assert refusal.value.reason is ReasonCode.TOO_LARGE
     monkeypatch.setattr(segmenter, "memory_limit_bytes", lambda: estimate)
     with pytest.raises(Refusal, match=sentence):
         Segmenter(folder, threads=1).segment(volume)

@@ -24,6 +24,8 @@ from service import worker as worker_module
 from service.errors import StorageFullError
 from service.lease import LeaseOwner, is_proven_dead
 from service.records.database import utc_now
+from service.records.fleet import beat
+from service.records.fleet_tables import JobNeed
 from service.records.jobs import claim_job, enqueue, reap_lapsed_jobs
 from service.records.tables import Delivery, Event, Job, JobOrigin, JobState, Result
 from service.records.work import NewInput, NewJob
@@ -152,6 +154,24 @@ def test_a_refusal_is_final_and_the_process_goes_on_to_the_next_job(scene: Scene
     assert (refused.reason, refused.remedy) == ("Tilted by 18.5 degrees.", "Straighten it.")
     assert scene.run().state is JobState.SUCCEEDED
     assert scene.given(0)["pid"] == scene.given(1)["pid"]
+
+
+def test_what_is_too_large_here_is_left_to_a_larger_worker_or_refused_where_there_is_none(
+    scene: Scene,
+) -> None:
+    scene.script("refuse TOO_LARGE", "refuse TOO_LARGE", memory_bytes=2**30)
+    scene.enqueue("a")
+    refused = scene.run()
+    assert (refused.state, refused.reason_code) == (JobState.REFUSED, "TOO_LARGE")
+    with scene.node.records.write() as session:
+        for owner, models in (("of another model", ["other"]), ("larger", [])):
+            kind = {"host": "host", "models": models, "memory_bytes": 2**40, "bell_heard_at": None}
+            beat(session, owner=owner, now=utc_now(), **kind)
+    scene.enqueue("b")
+    left = scene.run()
+    assert (left.state, left.reason_code) == (JobState.QUEUED, "OUT_OF_MEMORY")
+    with scene.node.records.read() as session:
+        assert session.get_one(JobNeed, left.job_id).more_than_bytes == 2**30
 
 
 def test_a_failure_is_tried_again_later_in_a_fresh_process_and_the_last_one_is_final(scene: Scene) -> None:

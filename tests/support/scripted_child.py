@@ -67,6 +67,8 @@ def act(what: str, order: dict[str, Any]) -> None:
                 message="Tilted by 18.5 degrees.",
                 remedy="Straighten it.",
             )
+        case ["refuse", code]:
+            say("refused", **of, code=code, message="It is too much.", remedy="Take less.")
         case ["fail", retryable]:
             say(
                 "failed",
