@@ -199,6 +199,14 @@ class TestDeformation:
         wanted[:-3, :, 2:] = tiny_numbers(0)[3:, :, :-2]
         np.testing.assert_array_equal(found, wanted)
 
+    @pytest.mark.parametrize("planes", [-3, 3])
+    def test_beyond_the_map_there_is_air(self, table: ClassTable, planes: int) -> None:
+        full = LabelMap("full", np.ones((24, 24, 24), np.uint8), 1.0, np.full(3, 11.5))
+        found = deformed(full, table, identity(offset_mm=np.array([0.0, planes, 0.0])))
+        filled = (found != 0).any(axis=(0, 2))
+        wanted = np.arange(24) < 21 if planes > 0 else np.arange(24) >= 3
+        np.testing.assert_array_equal(filled, wanted)
+
     def test_a_flip_mirrors_the_head_and_keeps_left_on_the_left(
         self, head: LabelMap, table: ClassTable
     ) -> None:
