@@ -9,7 +9,7 @@ from models.registry import Registry
 from service.errors import LostClaimError
 from service.gate import GateReport, run_gate
 from service.logs import get_logger
-from service.records.database import Records, utc_now
+from service.records.database import Records
 from service.records.events import record_event
 from service.records.gates import (
     claim_gate,
@@ -95,7 +95,7 @@ class GateRunner:
     def run_one(self, stop: Stop) -> bool:
         """Run the version that is next; False if none waits. A stop gives it back."""
         with self._records.write() as session:
-            gate = claim_gate(session, owner=self._owner, lease_s=_LEASE_S, now=utc_now())
+            gate = claim_gate(session, owner=self._owner, lease_s=_LEASE_S, now=self._records.now())
         if gate is None:
             return False
         self.run(gate, stop)
@@ -110,7 +110,7 @@ class GateRunner:
             if time.monotonic() - renewed > _RENEW_EVERY_S:
                 renewed = time.monotonic()
                 with self._records.write() as session:
-                    renew_gate(session, gate.gate_id, gate.attempt, lease_s=_LEASE_S, now=utc_now())
+                    renew_gate(session, gate.gate_id, gate.attempt, lease_s=_LEASE_S, now=self._records.now())
 
         accepted = bool(gate.report.get("accept_changed_labels"))
         try:
@@ -136,7 +136,7 @@ class GateRunner:
         return report
 
     def _finish(self, gate: Gate, report: GateReport, accepted: bool) -> None:
-        now = utc_now()
+        now = self._records.now()
         subject = f"{gate.model_name}@{gate.model_version}"
         passed = report.passed and report.digest == gate.model_digest
         with self._records.write() as session:
