@@ -156,7 +156,7 @@ def _read_tables(connection: Connection, source: Path) -> None:
     written = {path.stem for path in (source / "records").iterdir()}
     if written != tables.keys():
         raise BackupError(
-            f"Tables of the backup are not those of its revision: {', '.join(sorted(written ^ tables.keys()))}."
+            f"Tables that are not of the backup's revision: {', '.join(sorted(written ^ tables.keys()))}."
         )
     for table in tables.values():
         with (source / "records" / f"{table.name}.jsonl").open(encoding="utf-8") as lines:

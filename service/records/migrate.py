@@ -6,12 +6,13 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, event, text
 
 from service.errors import SettingsError
 from service.records.database import Records
@@ -78,11 +79,20 @@ def _migrating(url: str) -> Iterator[Connection]:
             lock_path = Path(f"{records.engine.url.database}.migrating")
             with lock_path.open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                # SQLite alters a table by copying it and dropping the old one, which rows of other tables
+                # refer to: references are looked at once, at the end.
+                event.listen(records.engine, "connect", _without_references)
                 with records.engine.begin() as connection:
                     yield connection
+                    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+                    assert not broken, f"{len(broken)} references of the records lead nowhere"
         else:
             with records.engine.begin() as connection:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
                 yield connection
     finally:
         records.close()
+
+
+def _without_references(connection: Any, _record: Any) -> None:
+    connection.execute("PRAGMA foreign_keys=OFF").close()

@@ -59,9 +59,7 @@ def check_one_result_each(node: SmallNode, count: int) -> None:
     assert {job_id for job_id, _ in kinds} == attempts.keys()
     paths = {node.spool.absolute(result.path) for result in results}
     folders = {path.parent for path in paths}
-    assert {path.parent.name for path in paths if path.parent.parent.name in attempts} == set(
-        attempts.values()
-    )
+    assert {(folder.parent.name, folder.name) for folder in folders} == set(attempts.items())
     assert {path for path in node.spool.results_dir.rglob("*") if path.is_file()} == paths
 
 

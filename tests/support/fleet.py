@@ -41,7 +41,8 @@ with ExitStack() as ending:
         ringer = Ringer(app)
         ending.callback(ringer.close)
         node.records.ring = ringer.ring
-        bell = ending.enter_context(Listener(app, str(LeaseOwner.of_this_process()), check_every_s=0.2, silent_after_s=2.0))
+        owner = str(LeaseOwner.of_this_process())
+        bell = ending.enter_context(Listener(app, owner, check_every_s=0.2, silent_after_s=2.0))
     print("ready", flush=True)
     Worker(node.settings, node.records, node.spool, node.registry, bell=bell).run(stop)
 node.records.close()
