@@ -9,7 +9,7 @@ from api_harness import ApiHarness
 from sqlalchemy import select
 from trial_stand_in import TrialStandIn
 
-from models.errors import ModelWithdrawnError
+from models.errors import ModelWithdrawnError, RegistryError
 from service import probation as probation_module
 from service.activation import activate
 from service.errors import AttemptError
@@ -162,3 +162,10 @@ def test_a_withdrawn_version_starts_no_job(api: ApiHarness, probation: Probation
     api.registry.withdraw("threshold", "1.1.0")
     with pytest.raises(ModelWithdrawnError):
         api.registry.active("threshold")
+
+
+def test_what_another_worker_has_put_in_its_place_stays(api: ApiHarness, probation: Probation) -> None:
+    api.install(version="1.2.0", title="A third")
+    with pytest.raises(RegistryError, match=r"1\.1\.0 of 'threshold' is not the active one"):
+        api.registry.rollback("threshold", only_from="1.1.0")
+    assert api.registry.active_version("threshold") == "1.2.0"
