@@ -43,7 +43,7 @@ class Spool:
     ----------
     root : Path
         The spool's folder. Every folder of it must be on one file system: a local disk, or one that several
-        hosts share and :mod:`service.shared_spool` finds fit.
+        hosts share and that fits what deploy/SCALE-OUT.md asks of it.
     low_watermark_bytes : int
         Nothing new is accepted while less than this is free.
     reserve_bytes : int

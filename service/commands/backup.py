@@ -24,7 +24,7 @@ def backup(folder: Folder, config: Config = None) -> None:
 
 
 def restore(folder: Folder, config: Config = None) -> None:
-    """Put a backup into an empty data folder and an empty database, of either engine; start the node after."""
+    """Put a backup into an empty data folder and an empty database of either engine; then start the node."""
     from service.backup import restore as put_back
 
     done = put_back(load(config), folder)

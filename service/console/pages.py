@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http import HTTPStatus
 from importlib import resources
 from typing import Annotated, Any
@@ -11,8 +12,9 @@ from fastapi.responses import RedirectResponse
 from sqlalchemy import select
 
 from models.errors import ModelChangedError
-from service.api import audit, deliveries, destinations, jobs, models, segmentations, studies
+from service.api import audit, deliveries, destinations, governance, jobs, models, segmentations, studies
 from service.api.access import visible_job
+from service.api.governance_schemas import GateRequest, ShadowRequest
 from service.api.paging import AfterIdentifier, Identifier, StudyUid, StudyUidAfter
 from service.api.schemas import Activation, segmentation
 from service.api.state import ApiState, State
@@ -218,8 +220,54 @@ def echo(state: State, visitor: PosterDep, name: destinations.DestinationName) -
 
 @router.get("/models")
 def model_list(request: Request, state: State, visitor: VisitorDep, said: Said = "") -> Response:
-    listed = models.list_models(state, visitor.require("list_models"))
-    return show(request, "models.html", visitor=visitor, models=listed, said=said)
+    caller = visitor.require("list_models")
+    listed = models.list_models(state, caller)
+    gates = {
+        (model.name, version.version): _found(
+            governance.read_gate, model.name, version.version, state, caller
+        )
+        for model in listed
+        for version in model.versions
+    }
+    shadows = {model.name: _found(governance.read_shadow, model.name, state, caller) for model in listed}
+    return show(
+        request, "models.html", visitor=visitor, models=listed, gates=gates, shadows=shadows, said=said
+    )
+
+
+def _found(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of the interface reads, or None where there is nothing to read."""
+    try:
+        return read(*arguments)
+    except NotFoundError:
+        return None
+
+
+@router.post("/models/{name}/{version}/gate")
+def run_gate(
+    state: State,
+    visitor: PosterDep,
+    name: models.ModelName,
+    version: models.Version,
+    accept_changed_labels: Annotated[bool, Form()] = False,
+) -> Response:
+    wanted = GateRequest(accept_changed_labels=accept_changed_labels)
+    governance.run_gate(name, version, wanted, state, visitor.require("run_gate"))
+    return back_to("models", f"{name} {version} goes through the gate as soon as no job waits.")
+
+
+@router.post("/models/{name}/{version}/shadow")
+def start_shadow(
+    state: State, visitor: PosterDep, name: models.ModelName, version: models.Version
+) -> Response:
+    governance.start_shadow(name, ShadowRequest(version=version), state, visitor.require("start_shadow"))
+    return back_to("models", f"{name} {version} runs beside the active version; nothing of it leaves.")
+
+
+@router.post("/models/{name}/shadow/stop")
+def stop_shadow(state: State, visitor: PosterDep, name: models.ModelName) -> Response:
+    governance.stop_shadow(name, state, visitor.require("stop_shadow"))
+    return back_to("models", f"Shadow mode of {name} has ended.")
 
 
 @router.post("/models/{name}/activate")

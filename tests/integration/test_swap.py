@@ -1,4 +1,4 @@
-"""A model is swapped through gate and admin endpoints while 20 jobs run; then it is rolled back the same way."""
+"""A model is swapped through gate and admin endpoints while 20 jobs run, and rolled back the same way."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from api_harness import STUDY, ApiHarness, assert_problem, nifti
 from fastapi.routing import APIRoute
 from sqlalchemy import text
 
-from service.api.app import NOUNS
 from service.api.access import MINIMUM_ROLE
+from service.api.app import NOUNS
 from service.keys import create_key, revoke
 from service.logs import configure_logging
 from service.records.tables import Role

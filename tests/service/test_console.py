@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from api_harness import STUDY, ApiHarness
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from service.api.access import MINIMUM_ROLE
 from service.console import build_console
 from service.console.frame import MENU, safe_next
 from service.console.login import COOKIE, IDLE, LONGEST, Login, LoginSealer
 from service.keys import revoke
+from service.records.database import Records
 from service.records.jobs import refuse_job
 from service.records.tables import Delivery, DeliveryState, Event, Job, JobState, Role
 
@@ -50,6 +54,14 @@ class Browser:
         found = re.search(r'name="form_token" value="([0-9a-f]{64})"', self.get("queue").text)
         assert found is not None
         return found.group(1)
+
+
+@pytest.fixture
+def api(tmp_path: Path, records: Records) -> Iterator[ApiHarness]:
+    """As the other tests' own, without the gate, which one test here asks for."""
+    storage = {"low_watermark_bytes": 0, "reserve_bytes": 0}
+    with capture_logs():
+        yield ApiHarness(tmp_path, records, storage=storage, models={"require_gate": False})
 
 
 @pytest.fixture
@@ -244,6 +256,37 @@ def test_a_model_is_swapped_and_taken_back_and_changed_labels_take_a_confirmatio
     admin.post("models/threshold/rollback", form_token=token)
     assert api.registry.active_version("threshold") == "1.0.0"
     assert "model.rolled_back" in admin.get("audit").text
+
+
+def test_gate_and_shadow_mode_are_begun_from_the_page_and_seen_there(admin: Browser, api: ApiHarness) -> None:
+    api.install()
+    api.install(activate=False, version="1.1.0")
+    token = admin.token()
+    assert "not run" in admin.get("models").text
+    admin.post("models/threshold/1.1.0/gate", form_token=token)
+    page = admin.get("models").text
+    assert '<span class="state queued">' in page
+    admin.post("models/threshold/1.1.0/shadow", form_token=token)
+    assert "Shadow mode: 1.1.0, running" in admin.get("models").text
+    admin.post("models/threshold/shadow/stop", form_token=token)
+    assert "Shadow mode: 1.1.0, ended" in admin.get("models").text
+
+
+def test_a_version_that_has_not_passed_the_gate_is_not_swapped_and_the_page_says_why(
+    tmp_path: Path, records: Records
+) -> None:
+    storage = {"low_watermark_bytes": 0, "reserve_bytes": 0}
+    with capture_logs():
+        api = ApiHarness(tmp_path, records, storage=storage)
+        build_console(api.app, api.app.state.api)
+        browser = Browser(api)
+        browser.log_in("admin")
+        api.install()
+        api.install(activate=False, version="1.1.0")
+        answer = browser.post("models/threshold/activate", version="1.1.0", form_token=browser.token())
+        assert answer.status_code == 409
+        assert "GATE_NOT_PASSED" in answer.text
+        assert api.registry.active_version("threshold") == "1.0.0"
 
 
 def test_an_address_that_the_page_does_not_make_is_told_on_a_page(operator: Browser) -> None:

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def study(
-    description: Annotated[Path, typer.Argument(help="YAML file of the study; see training/recipes.")],
+    description: Annotated[Path, typer.Argument(help="YAML file of the study; see training/studies.")],
     teacher: Annotated[Path, typer.Argument(help="The teacher's nnU-Net results folder.")],
     data: Annotated[Path, typer.Argument(help="Cases: imagesTr and labelsTr, or images and labels.")],
     golden_image: Annotated[Path, typer.Option(help="Small NIfTI image that may be given on.")],
