@@ -201,6 +201,10 @@ class ComposeSite:
 
     def send(self, paths: Sequence[Path]) -> bool:
         """Send a study from this machine; True if every object was answered with success."""
+        try:
+            socket.create_connection((self.host, self.dicom_port), timeout=10).close()
+        except OSError:
+            return False  # pynetdicom would leave its socket open
         node = Destination(name="node", ae_title="SEGNODE", host=self.host, port=self.dicom_port)
         outcomes = list(send_files(paths, node, calling_ae_title=CALLING_AE_TITLE))
         return all(outcome.kind is OutcomeKind.DELIVERED for _, outcome in outcomes)
