@@ -316,7 +316,10 @@ def with_password(url: str, path: Path | None) -> str:
         ) from error
     if not password:
         raise SettingsError(f"The password file {path} is empty.", remedy="Write the password into it.")
-    return make_url(url).set(password=password).render_as_string(hide_password=False)
+    parsed = make_url(url)
+    # Without a user name, as brokers have none, SQLAlchemy would write no password either.
+    named = parsed.set(username=parsed.username or "", password=password)
+    return named.render_as_string(hide_password=False)
 
 
 def load_settings(path: Path | None = None) -> Settings:
