@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,10 +17,11 @@ from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from models.errors import SegnodeError
-from service.api.access import MINIMUM_ROLE, Caller, check_role
+from service.api.access import MINIMUM_ROLE, Caller, check_role, is_secure, session_secret
 from service.api.problem import Problem, ProblemError, problem_of
 from service.api.state import ApiState, State
 from service.console.login import COOKIE, Login, LoginSealer
+from service.oidc_sessions import csrf_token, find_session, is_due, see_session
 from service.records.tables import ApiKey
 
 PREFIX = "/console"
@@ -47,10 +49,13 @@ class LoginRequired(Exception):
 
 @dataclass(frozen=True)
 class Visitor:
-    """Who is at the page: the caller that the interface knows, and the session."""
+    """Who is at the page: the caller that the interface knows, and the session.
+
+    ``login`` is the page's own session, begun with a key; None for who came by the identity provider.
+    """
 
     caller: Caller
-    login: Login
+    login: Login | None
     form_token: str
 
     def may(self, operation: str) -> bool:
@@ -68,7 +73,7 @@ def get_visitor(request: Request, state: State) -> Visitor:
     sealer = sealer_of(request)
     login = sealer.open(request.cookies.get(COOKIE, ""), state.clock())
     if login is None:
-        raise LoginRequired
+        return _person(request, state)
     with state.records.read() as session:
         key = session.get(ApiKey, login.key_id)
         alive = (
@@ -81,12 +86,30 @@ def get_visitor(request: Request, state: State) -> Visitor:
         return Visitor(Caller(key.key_id, key.name, key.role), login, sealer.form_token(login))
 
 
+def _person(request: Request, state: ApiState) -> Visitor:
+    """Who has logged in at the identity provider. Raises LoginRequired."""
+    secret, rules, now = session_secret(request, state), state.settings.oidc, state.clock()
+    if secret is None or rules is None:
+        raise LoginRequired
+    with state.records.read() as session:
+        found = find_session(session, secret, rules, now=now)
+        if found is None:
+            raise LoginRequired
+        key, person_session = found
+        visitor = Visitor(Caller(key.key_id, key.name, key.role), None, csrf_token(secret))
+        due = is_due(person_session, now)
+    if due:
+        with state.records.write() as session:
+            see_session(session, secret, now=now)
+    return visitor
+
+
 VisitorDep = Annotated[Visitor, Depends(get_visitor)]
 
 
 def get_poster(visitor: VisitorDep, form_token: Annotated[str, Form(max_length=128)] = "") -> Visitor:
     """Who sent a form. Raises ProblemError 403 if the form is not one of the visitor's own session."""
-    if form_token != visitor.form_token:
+    if not hmac.compare_digest(form_token.encode(), visitor.form_token.encode()):
         raise ProblemError(
             HTTPStatus.FORBIDDEN,
             "FORM_EXPIRED",
@@ -108,14 +131,13 @@ def sealer_of(request: Request) -> LoginSealer:
 def keep_session(request: Request, response: Response, login: Login) -> None:
     """Set the session's cookie, with its last use now."""
     state: ApiState = request.app.state.api
-    http = state.settings.http
     response.set_cookie(
         COOKIE,
         sealer_of(request).seal(login.used(state.clock())),
         path=PREFIX,
         httponly=True,
         samesite="strict",
-        secure=http.tls_certificate is not None or http.behind_tls_proxy,
+        secure=is_secure(state),
     )
 
 
@@ -139,7 +161,7 @@ def show(
         **values,
     )
     response = HTMLResponse(text, status, {"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
-    if visitor is not None:
+    if visitor is not None and visitor.login is not None:
         keep_session(request, response, visitor.login)
     return response
 

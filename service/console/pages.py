@@ -6,6 +6,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from importlib import resources
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Form, Query, Request, Response
 from fastapi.responses import RedirectResponse
@@ -13,7 +14,7 @@ from sqlalchemy import select
 
 from models.errors import ModelChangedError
 from service.api import audit, deliveries, destinations, governance, jobs, models, segmentations, studies
-from service.api.access import visible_job
+from service.api.access import SESSION_COOKIES, is_secure, session_secret, visible_job
 from service.api.governance_schemas import GateRequest, ShadowRequest
 from service.api.paging import AfterIdentifier, Identifier, StudyUid, StudyUidAfter
 from service.api.schemas import Activation, segmentation
@@ -31,6 +32,7 @@ from service.console.frame import (
 from service.console.login import COOKIE, Login, LoginSealer
 from service.errors import NotFoundError
 from service.keys import authenticate
+from service.oidc_sessions import end_session
 from service.records.events import record_event
 from service.records.tables import DeliveryState, Job, JobState
 
@@ -62,8 +64,18 @@ def stylesheet() -> Response:
 
 
 @router.get("/login")
-def login_page(request: Request, next: str = "") -> Response:  # noqa: A002 - the word of the address
-    return show(request, "login.html", visitor=None, next=safe_next(next), wrong=False)
+def login_page(request: Request, state: State, next: str = "") -> Response:  # noqa: A002 - of the address
+    return _ask_to_log_in(request, state, next)
+
+
+def _ask_to_log_in(
+    request: Request, state: ApiState, wanted: str, *, wrong: bool = False, status: int = HTTPStatus.OK
+) -> Response:
+    address = safe_next(wanted)
+    provider = f"/auth/login?next={quote(address)}" if state.provider is not None else None
+    return show(
+        request, "login.html", visitor=None, status=status, next=address, provider=provider, wrong=wrong
+    )
 
 
 @router.post("/login")
@@ -86,15 +98,27 @@ def log_in(
         )
         key_id = found.key_id if found else None
     if key_id is None:
-        return show(request, "login.html", visitor=None, status=401, next=safe_next(next), wrong=True)
+        return _ask_to_log_in(request, state, next, wrong=True, status=HTTPStatus.UNAUTHORIZED)
     response = RedirectResponse(safe_next(next), HTTPStatus.SEE_OTHER)
     keep_session(request, response, Login.begin(key_id, now))
     return response
 
 
 @router.post("/logout")
-def log_out(_visitor: PosterDep) -> Response:
+def log_out(request: Request, state: State, visitor: PosterDep) -> Response:
     response = back_to("login")
+    secret = session_secret(request, state)
+    with state.records.write() as session:
+        if visitor.login is None and secret is not None:
+            end_session(session, secret)
+            response.delete_cookie(SESSION_COOKIES[is_secure(state)], path="/", secure=is_secure(state))
+        record_event(
+            session,
+            "logout",
+            actor=visitor.caller.name,
+            at=state.clock(),
+            subject=visitor.caller.key_id,
+        )
     response.delete_cookie(COOKIE, path=PREFIX)
     return response
 

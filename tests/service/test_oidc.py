@@ -22,6 +22,7 @@ from sqlalchemy import select
 from structlog.testing import capture_logs
 
 from service.api.login import own_path
+from service.console import build_console
 from service.keys import revoke
 from service.records.database import Records
 from service.records.login_tables import LoginAttempt, PersonSession
@@ -436,3 +437,24 @@ def test_roles_below_a_persons_are_not_listed_as_keys_with_a_secret(
     for guess in (person.key_id, person.key_hash, "sgn_" + "A" * 43):
         headers = {"Authorization": f"Bearer {guess}"}
         assert_problem(api.get("/api/v1/jobs", key=None, headers=headers), 401, "KEY_INVALID")
+
+
+# --- The operator's page
+
+
+def test_a_person_uses_the_operators_page_and_logs_out_of_it(
+    api: ApiHarness, provider: IdentityProvider
+) -> None:
+    build_console(api.app, api.app.state.api)
+    assert "/auth/login?next=/console/queue" in api.get("/console/login", key=None).text
+    secret = log_in(api, provider)
+    page = api.get("/console/queue", **as_person(secret))
+    assert page.status_code == 200
+    assert "r.radiologist (operator)" in page.text
+    assert api.get("/console/models", **as_person(secret)).status_code == 403
+    refused = api.post("/console/logout", data={"form_token": "0" * 64}, **as_person(secret))
+    assert refused.status_code == 403
+    token = page.text.partition('name="form_token" value="')[2].partition('"')[0]
+    assert api.post("/console/logout", data={"form_token": token}, **as_person(secret)).status_code == 303
+    assert api.get("/console/queue", **as_person(secret)).status_code == 303
+    assert [event.actor for event in events(api, "logout")] == ["r.radiologist"]
