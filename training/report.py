@@ -102,12 +102,15 @@ def write_report(description_path: Path, output: Path) -> tuple[Path, Path]:
     Raises
     ------
     RecipeError
-        If the description is not understood.
+        If the description is not understood, or two runs have one name.
     TrainingDataError
         If an input is missing, or the evaluations are not of the same cases.
     """
     description = _read_description(description_path)
     base = description_path.parent
+    names = [run.name for run in description.runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"Two runs of the report are called {', '.join(twice)}.", remedy="Name them apart.")
     runs = [_read_run(run, base) for run in description.runs]
     _check_same_cases(runs)
     output.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ class Run:
     @property
     def title(self) -> str:
         """The run's name in tables."""
-        return f"{self.recipe.method}, {self.recipe.student.width}, seed {self.seed}"
+        return f"{self.recipe.name}, seed {self.seed}"
 
     @property
     def width(self) -> Fraction:

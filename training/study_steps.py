@@ -201,7 +201,7 @@ class StudyFolder:
         report = self.work / "report.yaml"
         report.write_text(yaml.safe_dump(content, sort_keys=False))
         self._segnode_train("report", report, "-o", results)
-        shutil.copyfile(self.work / "commands.log", results / "commands.log")
+        (results / "commands.log").write_text(self._commands(), encoding="utf-8")
         return results / "report.md"
 
     # Their parts -------------------------------------------------------------------------------------------
@@ -238,6 +238,20 @@ class StudyFolder:
         for weights in sealed.manifest.weights:
             check_golden_case(sealed, precision=weights.precision)
         unfinished.rename(output)
+
+    def _commands(self) -> str:
+        """What was run, with the words of `segnode-train study --help` in place of this machine's folders."""
+        text = (self.work / "commands.log").read_text(encoding="utf-8")
+        for path, word in (
+            (self.golden_image, "GOLDEN_IMAGE"),
+            (self.work, "WORK"),
+            (self.teacher, "TEACHER"),
+            (self.data, "DATA"),
+            (self.study.folder, "STUDIES"),
+        ):
+            for spelling in {str(path.resolve()), str(path)}:
+                text = text.replace(f"{spelling}/", f"{word}/").replace(f"{spelling} ", f"{word} ")
+        return text
 
     def _evaluations(self, key: str) -> list[str]:
         """Every evaluation of a bundle on the claim cases, plain float32 first."""

@@ -22,6 +22,7 @@ from training.cli import build_app
 from training.errors import RecipeError, TrainingDataError
 from training.evaluate import CaseResult, Evaluation
 from training.metrics import Agreement
+from training.report import write_report
 from training.study import best_run, load_study
 
 pytestmark = [
@@ -103,6 +104,13 @@ def test_the_best_recipe_over_its_seeds_is_chosen_and_of_it_the_best_seed(tmp_pa
     assert chosen.key == "logits-1of2-seed2"  # one lucky seed of "none" does not win
 
 
+def test_two_runs_of_one_name_cannot_be_told_apart_in_a_report(tmp_path: Path) -> None:
+    run = {"name": "none", "evaluations": ["none.json"]}
+    (tmp_path / "report.yaml").write_text(yaml.safe_dump({"title": "t", "cases": "c", "runs": [run, run]}))
+    with pytest.raises(RecipeError, match="Two runs of the report are called none"):
+        write_report(tmp_path / "report.yaml", tmp_path / "report")
+
+
 def test_a_run_is_compared_with_none_of_its_own_width_and_seed(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path, seeds=[1, 2]))
     logits = next(run for run in study.runs if run.key == "logits-1of2-seed2")
@@ -180,7 +188,7 @@ def test_the_whole_study_and_that_it_goes_on_where_it_was(
     assert f"{figures.dice['float32']['one']:.4f}" in (shipped.folder / "card.md").read_text()
     check_golden_case(shipped)
     assert "ships as balls-half 0.3.0" in report
-    assert "| logits, 1/2, seed 1 | none, 1/2, seed 1 |" in report
+    assert "| logits-1of2, seed 1 | none-1of2, seed 1 |" in report
     assert (tmp_path / "results" / "commands.log").read_text().count("segnode-train distill") == 2
     assert {p.name for p in (tmp_path / "results").glob("*.log.jsonl")} == {
         "none-1of2-seed1.log.jsonl", "logits-1of2-seed1.log.jsonl",
