@@ -16,6 +16,7 @@ from api_harness import STUDY, ApiHarness
 from PIL import Image
 from programs import program
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -116,8 +117,13 @@ def page(driver: Driver, address: str, node: ApiHarness) -> Driver:
     return driver
 
 
+def wait(driver: Driver) -> WebDriverWait[Driver]:
+    """Waits until a page is there; while one gives way to the next its elements are stale."""
+    return WebDriverWait(driver, 20, ignored_exceptions=[StaleElementReferenceException])
+
+
 def wait_for(driver: Driver, heading: str) -> None:
-    WebDriverWait(driver, 20).until(lambda d: d.find_element(By.TAG_NAME, "h1").text == heading)
+    wait(driver).until(lambda d: d.find_element(By.TAG_NAME, "h1").text == heading)
 
 
 def press(driver: Driver, *keys: str) -> None:
@@ -160,11 +166,11 @@ def test_a_model_is_swapped_by_keyboard_and_the_audit_tells_who(page: Driver, no
     wait_for(page, "Models")
     tab_to(page, "Make threshold 1.1.0 active")
     press(page, Keys.ENTER)
-    WebDriverWait(page, 20).until(lambda d: "threshold 1.1.0 is active" in body(d))
+    wait(page).until(lambda d: "threshold 1.1.0 is active" in body(d))
     assert node.registry.active_version("threshold") == "1.1.0"
     tab_to(page, "Take threshold back to the version before")
     press(page, Keys.ENTER)
-    WebDriverWait(page, 20).until(lambda d: "threshold is back on 1.0.0" in body(d))
+    wait(page).until(lambda d: "threshold is back on 1.0.0" in body(d))
     tab_to(page, "Audit")
     press(page, Keys.ENTER)
     wait_for(page, "Audit")
@@ -180,14 +186,14 @@ def test_the_queue_shows_progress_and_reasons_and_reads_itself_again(page: Drive
     assert page.find_elements(By.CSS_SELECTOR, "meta[http-equiv=refresh]")
     tab_to(page, "Stop that")
     press(page, Keys.ENTER)
-    WebDriverWait(page, 20).until(lambda d: "This page stays as it is" in body(d))
+    wait(page).until(lambda d: "This page stays as it is" in body(d))
     assert not page.find_elements(By.CSS_SELECTOR, "meta[http-equiv=refresh]")
 
 
 def test_a_study_shows_its_preview(page: Driver, address: str) -> None:
     page.get(f"{address}/console/studies/{STUDY}")
     picture = page.find_element(By.CSS_SELECTOR, "figure img")
-    WebDriverWait(page, 20).until(lambda _: picture.get_property("complete"))
+    wait(page).until(lambda _: picture.get_property("complete"))
     assert picture.get_property("naturalWidth") == 360
     assert "SECRET-PATIENT" not in page.page_source
 
@@ -198,11 +204,11 @@ def test_a_parked_delivery_is_retried_and_a_silent_destination_says_why(page: Dr
     page.get(f"{address}/console/destinations")
     tab_to(page, "C-ECHO to pacs")
     press(page, Keys.ENTER)
-    WebDriverWait(page, 20).until(lambda d: "pacs did not answer" in body(d))
+    wait(page).until(lambda d: "pacs did not answer" in body(d))
     page.get(f"{address}/console/deliveries?of=parked")
     tab_to(page, "Retry the delivery to pacs")
     press(page, Keys.ENTER)
-    WebDriverWait(page, 20).until(lambda d: "The delivery waits again" in body(d))
+    wait(page).until(lambda d: "The delivery waits again" in body(d))
 
 
 def test_nothing_is_asked_of_another_host(page: Driver, address: str) -> None:

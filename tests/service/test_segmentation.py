@@ -237,7 +237,9 @@ def test_the_file_is_synced_and_appears_whole(tmp_path: Path, monkeypatch: pytes
     )
     dataset = build_segmentation(source, labelmap, phantom_manifest(), **UIDS)
     write_segmentation(dataset, path)
-    assert synced == [str(tmp_path / ".seg.dcm.part"), str(tmp_path)]
+    file, folder = (Path(name) for name in synced)
+    assert file.parent == folder == tmp_path  # first the file, under a name that is not its own yet
+    assert file.match(".seg.dcm.*.part")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seg.dcm", "series"]
     assert dcmread(path).file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.1"
 
