@@ -98,9 +98,12 @@ def authenticate(session: Session, secret: str, now: datetime) -> ApiKey | None:
     key = session.scalar(select(ApiKey).where(ApiKey.key_hash == key_hash))
     if key is None or not hmac.compare_digest(key.key_hash, key_hash):
         return None
-    if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
-        return None
-    return key
+    return key if is_alive(key, now) else None
+
+
+def is_alive(key: ApiKey, now: datetime) -> bool:
+    """True if a key opens anything at this time: it is neither revoked nor expired."""
+    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
 
 
 def revoke(session: Session, key_id: str, *, now: datetime, actor: str = "cli") -> None:

@@ -20,7 +20,7 @@ from models.manifest import Label, Manifest
 from models.nifti import read_labelmap
 from models.volume import Labelmap, Reorientation, axis_codes
 from service.archive import is_dicom
-from service.dicom.elements import PARSE_ERRORS, decimals, integer, item, items, quiet, string
+from service.dicom.elements import PARSE_ERRORS, integer, item, items, macro_decimals, quiet, string
 from service.dicom.proof import meaning_of_label, meaning_of_segment
 
 _TOLERANCE_MM = 0.1
@@ -165,8 +165,7 @@ def _pixel_to_index(
     """Voxel index (x, y, z) of a frame's first pixel, and the steps to its next column and next row."""
 
     def values(macro: str, keyword: str, count: int) -> NDArray[np.float64]:
-        group = item(own, macro) or item(shared, macro)
-        found = decimals(group, keyword, count) if group is not None else None
+        found = macro_decimals(own, shared, macro, keyword, count)
         if found is None:
             raise _unreadable(f"a frame does not state its {keyword}")
         return np.array(found)

@@ -10,7 +10,7 @@ import torch
 
 from training.errors import RecipeError
 from training.recipe import Published, Recipe
-from training.student import build_network, count_parameters, scaled_features
+from training.student import build_network, count_parameters, residual_encoder, scaled_features
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,5 @@ def dry_run(recipe: Recipe) -> Checked:
 
 def _configuration(published: Published, features: list[int]) -> dict[str, Any]:
     """nnU-Net's description of a ResidualEncoderUNet, as its planner writes it."""
-    stages = len(features)
-    return {
-        "architecture": {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-            "arch_kwargs": {
-                "n_stages": stages,
-                "features_per_stage": features,
-                "conv_op": "torch.nn.modules.conv.Conv3d",
-                "kernel_sizes": [[3, 3, 3]] * stages,
-                "strides": [[1, 1, 1], *[[2, 2, 2]] * (stages - 2), list(published.last_stride)],
-                "n_blocks_per_stage": list(published.blocks),
-                "n_conv_per_stage_decoder": [1] * (stages - 1),
-                "conv_bias": True,
-                "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-                "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-                "dropout_op": None,
-                "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-            },
-            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-        }
-    }
+    strides = [[1, 1, 1], *[[2, 2, 2]] * (len(features) - 2), published.last_stride]
+    return {"architecture": residual_encoder(features, published.blocks, strides)}

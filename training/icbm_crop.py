@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,7 +23,14 @@ from training.golden_files import write_image
 LEFT_HIPPOCAMPUS_RAS_MM = (-27.0, -22.0, -14.0)
 HIPPOCAMPUS_SIZE_XYZ = (36, 50, 36)
 
-_FILE = "datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+
+def icbm_file(content: Literal["t1", "gm", "wm"]) -> Path:
+    """The template's T1, or its map of grey or white matter. Raises TrainingDataError without nilearn."""
+    found = find_spec("nilearn")
+    if found is None or found.origin is None:
+        raise TrainingDataError("nilearn is not installed.", remedy="Install segnode[demo].")
+    name = f"mni_icbm152_{content}_tal_nlin_sym_09a_converted.nii.gz"
+    return Path(found.origin).parent / "datasets" / "data" / name
 
 
 def icbm_crop(
@@ -36,10 +44,7 @@ def icbm_crop(
     TrainingDataError
         If nilearn is not installed, or the box reaches over the template's border.
     """
-    found = find_spec("nilearn")
-    if found is None or found.origin is None:
-        raise TrainingDataError("nilearn is not installed.", remedy="Install segnode[demo].")
-    whole = read_nifti([Path(found.origin).parent / _FILE])
+    whole = read_nifti([icbm_file("t1")])
     centre_lps = np.array([-centre_ras_mm[0], -centre_ras_mm[1], centre_ras_mm[2], 1.0])
     middle = np.round(np.linalg.solve(whole.affine, centre_lps))[:3].astype(int)
     first = middle - np.array(size_xyz) // 2

@@ -150,8 +150,8 @@ def prepare_dataset(
     shutil.copyfile(fingerprint, dataset / "dataset_fingerprint.json")
 
     known = known_values(dataset_json)
-    new = [case for case in wanted if not (arrays / f"{case}.pkl").is_file()]  # nnU-Net writes it last
-    for case in new:
+    new = {case for case in wanted if not (arrays / f"{case}.pkl").is_file()}  # nnU-Net writes it last
+    for case in sorted(new):
         check_case(case, cases.image_paths(case), cases.label_path(case), known)
     preprocessor = settings.preprocessor_class(verbose=False)
     for case in wanted:

@@ -7,6 +7,7 @@ preprocessed data are shared, and a trained student loads in stock nnU-Net.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from fractions import Fraction
 from typing import Any
@@ -104,6 +105,39 @@ def scaled_plans(
         )
     student["configurations"] = {configuration: resolved}
     return student
+
+
+def residual_encoder(
+    features: Sequence[int], blocks: Sequence[int], strides: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """The ``architecture`` of nnU-Net's plans for a ResidualEncoderUNet, as its planner writes it.
+
+    Parameters
+    ----------
+    features, blocks, strides : sequences
+        Channels, residual blocks and stride (Z, Y, X) of each stage, the finest first.
+    """
+    stages = len(features)
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": list(features),
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3]] * stages,
+            "strides": [list(stride) for stride in strides],
+            "n_blocks_per_stage": list(blocks),
+            "n_conv_per_stage_decoder": [1] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
 
 
 def build_network(

@@ -25,6 +25,7 @@ from training.description import read_description
 from training.errors import TrainingDataError
 from training.evaluate import Evaluation
 from training.export import metrics_of
+from training.plans import read_json
 from training.preprocess import TrainingCases
 from training.study import Run, Ship, Study, best_run
 from training.teacher import ResultsFolder
@@ -273,7 +274,7 @@ class StudyFolder:
 
     def _images(self) -> Path:
         """The folder of the training images. Raises TrainingDataError if there is none."""
-        cases = TrainingCases.open(self.data, ResultsFolder.open(self.teacher).dataset_json)
+        cases = TrainingCases.open(self.data, read_json(self.teacher / "dataset.json", "The dataset"))
         return cases.image_paths(cases.names()[0])[0].parent
 
     def _labelmaps(self, key: str) -> Path:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from http import HTTPStatus
 from statistics import fmean
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -28,7 +27,7 @@ from service.api.governance_schemas import (
     ShadowRequest,
 )
 from service.api.multipart import require_json
-from service.api.paging import Limit
+from service.api.paging import Limit, ModelName, Version
 from service.api.problem import problem_responses
 from service.api.state import State
 from service.errors import NotFoundError
@@ -37,9 +36,6 @@ from service.records.gates import latest_gate
 from service.records.governance_tables import Comparison, ComparisonState, Gate, Shadow
 
 router = APIRouter(tags=["models"])
-
-ModelName = Annotated[str, Path(min_length=1, max_length=64, examples=["hippocampus"])]
-Version = Annotated[str, Path(min_length=1, max_length=64, examples=["1.0.0"])]
 
 
 @router.get("/models/{name}/activations", responses=problem_responses(404))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -17,7 +17,7 @@ from models.registry import Registry
 from service.activation import activate, roll_back
 from service.api.access import Caller, CallerDep
 from service.api.multipart import declared_length, receive_form, require_json
-from service.api.paging import AfterIdentifier, Limit, page
+from service.api.paging import AfterIdentifier, Limit, ModelName, Version, page
 from service.api.problem import ProblemError, problem_responses
 from service.api.schemas import (
     API_PREFIX,
@@ -33,9 +33,6 @@ from service.records.events import record_event
 from service.records.tables import Delivery, Job, Result
 
 router = APIRouter(tags=["models"])
-
-ModelName = Annotated[str, Path(min_length=1, max_length=64, examples=["hippocampus"])]
-Version = Annotated[str, Path(min_length=1, max_length=64, examples=["1.0.0"])]
 
 _FORM: dict[str, Any] = {
     "requestBody": {

@@ -19,6 +19,8 @@ AfterIdentifier = Annotated[
 StudyUidAfter = Annotated[
     str | None, Query(pattern=r"^[0-9.]{1,64}$", description="`next` of the page before.")
 ]
+ModelName = Annotated[str, Path(min_length=1, max_length=64, examples=["hippocampus"])]
+Version = Annotated[str, Path(min_length=1, max_length=64, examples=["1.0.0"])]
 StudyUid = Annotated[str, Path(pattern=r"^[0-9.]{1,64}$", examples=["1.2.826.0.1.3680043.8.498.1"])]
 
 

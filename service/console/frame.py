@@ -21,6 +21,7 @@ from service.api.access import MINIMUM_ROLE, Caller, check_role, is_secure, sess
 from service.api.problem import Problem, ProblemError, problem_of
 from service.api.state import ApiState, State
 from service.console.login import COOKIE, Login, LoginSealer
+from service.keys import is_alive
 from service.oidc_sessions import csrf_token, find_session, is_due, see_session
 from service.records.tables import ApiKey
 
@@ -76,12 +77,7 @@ def get_visitor(request: Request, state: State) -> Visitor:
         return _person(request, state)
     with state.records.read() as session:
         key = session.get(ApiKey, login.key_id)
-        alive = (
-            key is not None
-            and key.revoked_at is None
-            and (key.expires_at is None or key.expires_at > state.clock())
-        )
-        if key is None or not alive:
+        if key is None or not is_alive(key, state.clock()):
             raise LoginRequired
         return Visitor(Caller(key.key_id, key.name, key.role), login, sealer.form_token(login))
 

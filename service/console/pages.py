@@ -16,7 +16,7 @@ from models.errors import ModelChangedError
 from service.api import audit, deliveries, destinations, governance, jobs, models, segmentations, studies
 from service.api.access import SESSION_COOKIES, is_secure, session_secret, visible_job
 from service.api.governance_schemas import GateRequest, ShadowRequest
-from service.api.paging import AfterIdentifier, Identifier, StudyUid, StudyUidAfter
+from service.api.paging import AfterIdentifier, Identifier, ModelName, StudyUid, StudyUidAfter, Version
 from service.api.schemas import Activation, segmentation
 from service.api.state import ApiState, State
 from service.console.frame import (
@@ -271,8 +271,8 @@ def _found(read: Callable[..., Any], *arguments: Any) -> Any:
 def run_gate(
     state: State,
     visitor: PosterDep,
-    name: models.ModelName,
-    version: models.Version,
+    name: ModelName,
+    version: Version,
     accept_changed_labels: Annotated[bool, Form()] = False,
 ) -> Response:
     wanted = GateRequest(accept_changed_labels=accept_changed_labels)
@@ -281,15 +281,13 @@ def run_gate(
 
 
 @router.post("/models/{name}/{version}/shadow")
-def start_shadow(
-    state: State, visitor: PosterDep, name: models.ModelName, version: models.Version
-) -> Response:
+def start_shadow(state: State, visitor: PosterDep, name: ModelName, version: Version) -> Response:
     governance.start_shadow(name, ShadowRequest(version=version), state, visitor.require("start_shadow"))
     return back_to("models", f"{name} {version} runs beside the active version; nothing of it leaves.")
 
 
 @router.post("/models/{name}/shadow/stop")
-def stop_shadow(state: State, visitor: PosterDep, name: models.ModelName) -> Response:
+def stop_shadow(state: State, visitor: PosterDep, name: ModelName) -> Response:
     governance.stop_shadow(name, state, visitor.require("stop_shadow"))
     return back_to("models", f"Shadow mode of {name} has ended.")
 
@@ -299,7 +297,7 @@ def activate(
     request: Request,
     state: State,
     visitor: PosterDep,
-    name: models.ModelName,
+    name: ModelName,
     version: Annotated[str, Form(max_length=64)],
     accept_changed_labels: Annotated[bool, Form()] = False,
 ) -> Response:
@@ -314,7 +312,7 @@ def activate(
 
 
 @router.post("/models/{name}/rollback")
-def roll_back(state: State, visitor: PosterDep, name: models.ModelName) -> Response:
+def roll_back(state: State, visitor: PosterDep, name: ModelName) -> Response:
     document = models.roll_back_model(name, state, visitor.require("roll_back_model"))
     return back_to("models", f"{name} is back on {document.active_version}.")
 

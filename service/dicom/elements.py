@@ -222,6 +222,17 @@ def items(dataset: Dataset | None, keyword: str) -> list[Dataset]:
     return [item for item in value or [] if isinstance(item, Dataset)]
 
 
+def macro_decimals(
+    own: Dataset, shared: Dataset | None, macro: str, keyword: str, count: int
+) -> list[float] | None:
+    """The values of a DS element in a frame's functional group, its own or else the shared one.
+
+    None unless there are ``count`` of them and all are finite (PS3.3 C.7.6.16).
+    """
+    group = item(own, macro) or item(shared, macro)
+    return decimals(group, keyword, count) if group is not None else None
+
+
 def item(dataset: Dataset | None, keyword: str) -> Dataset | None:
     """The first item of a sequence, or None."""
     found = items(dataset, keyword)

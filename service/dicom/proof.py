@@ -19,7 +19,17 @@ from pydicom.dataset import Dataset
 
 from models.manifest import Label, Manifest
 from models.volume import Labelmap
-from service.dicom.elements import PARSE_ERRORS, decimals, integer, item, items, quiet, raw, string, text
+from service.dicom.elements import (
+    PARSE_ERRORS,
+    integer,
+    item,
+    items,
+    macro_decimals,
+    quiet,
+    raw,
+    string,
+    text,
+)
 from service.dicom.identity import Identity
 from service.dicom.predecessors import Predecessor, stated_predecessors
 from service.dicom.series import SourceSeries
@@ -285,8 +295,7 @@ def _slice_of(own: Dataset, shared: Dataset | None, source: SourceSeries, number
     """The slice of the source that a frame covers pixel for pixel, by the frame's own words."""
 
     def values(macro: str, keyword: str, count: int) -> NDArray[np.float64]:
-        group = item(own, macro) or item(shared, macro)
-        found = decimals(group, keyword, count) if group is not None else None
+        found = macro_decimals(own, shared, macro, keyword, count)
         if found is None:
             raise failed(f"frame {number} does not state its {keyword}")
         return np.array(found)

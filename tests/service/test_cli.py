@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from zipfile import ZipFile
@@ -17,6 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 from bundle_factory import expected_labels, make_threshold_bundle
+from command_line import Segnode, command_line
 from phantom import test_uid as make_uid
 from phantom import write_classic_series
 from places import AFFINE, assert_same_places, image, places_in_nifti, places_in_seg, places_of_labels
@@ -24,47 +23,17 @@ from pydicom import dcmread
 from storage_scp import StorageScp
 
 from models.bundle import Bundle
-from service import cli
 from service.settings import load_settings
 
 TILTED = AFFINE @ np.array([[1, 0, 0, 0], [0, 1, 0.4, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
 
 
-class Result:
-    """How a command ended, and what it said."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-
-Segnode = Callable[..., Result]
-
-
 @pytest.fixture
 def segnode(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[object]:
-    """Run a command as :func:`service.cli.main` does, in an empty folder and with a cache of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-    for name in ("SEGNODE_CONFIG", "SEGNODE_DATA_DIR"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["segnode", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        return Result(int(code or 0), out, err)
-
-    root = logging.getLogger()
-    handlers, level, hook, show = root.handlers[:], root.level, sys.excepthook, warnings.showwarning
-    yield run
-    root.handlers[:], sys.excepthook, warnings.showwarning = handlers, hook, show
-    root.setLevel(level)
+) -> Iterator[Segnode]:
+    with command_line(tmp_path, monkeypatch, capfd) as run:
+        yield run
 
 
 @pytest.fixture

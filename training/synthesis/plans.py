@@ -12,6 +12,7 @@ from typing import Any
 
 from training.plans import Plans
 from training.preprocess import write_json
+from training.student import residual_encoder
 from training.synthesis.structures import STRUCTURES
 
 DATASET = "Dataset700_BrainStructures"
@@ -49,28 +50,8 @@ def brain_plans(
     features, blocks : tuple
         Channels and residual blocks of each stage of the teacher.
     """
-    stages = len(features)
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": False}
-    architecture = {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-        "arch_kwargs": {
-            "n_stages": stages,
-            "features_per_stage": list(features),
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3, 3, 3]] * stages,
-            "strides": [[1, 1, 1], *[[2, 2, 2]] * (stages - 1)],
-            "n_blocks_per_stage": list(blocks),
-            "n_conv_per_stage_decoder": [1] * (stages - 1),
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
+    architecture = residual_encoder(features, blocks, [[1, 1, 1], *[[2, 2, 2]] * (len(features) - 1)])
     # The intensities of synthetic images say nothing of real ones; z-scores need none.
     unused = {"mean": 0.0, "std": 1.0, "min": 0.0, "max": 1.0, "median": 0.0}
     return {

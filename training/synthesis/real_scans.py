@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from models.nifti import read_nifti
 from models.segmenter import Segmenter
 from models.volume import Labelmap, Volume, reorient, spacing_xyz_mm
 from training.errors import TrainingDataError
+from training.icbm_crop import icbm_file
 
 GREY = ("cortex", "thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala", "accumbens")
 WHITE = ("white matter", "Brain stem", "ventral diencephalon")
@@ -146,12 +146,7 @@ def draw_overlay(volume: Volume, labelmap: Labelmap, labels: Sequence[Label], ti
 
 def icbm_files() -> dict[str, Path]:
     """The ICBM152 template's T1 and tissue maps that nilearn carries. Raises TrainingDataError."""
-    found = find_spec("nilearn")
-    if found is None or found.origin is None:
-        raise TrainingDataError("nilearn is not installed.", remedy="Install segnode[demo].")
-    folder = Path(found.origin).parent / "datasets" / "data"
-    names = {"t1": "t1", "grey": "gm", "white": "wm"}
-    return {k: folder / f"mni_icbm152_{v}_tal_nlin_sym_09a_converted.nii.gz" for k, v in names.items()}
+    return {"t1": icbm_file("t1"), "grey": icbm_file("gm"), "white": icbm_file("wm")}
 
 
 def main() -> None:
