@@ -97,6 +97,14 @@ CPU_2MM: dict[str, Any] = {
     "blocks": (1, 3, 4, 6, 6),
     "batch_size": 1,
 }
+# The 2 mm network without its finest stage, on a grid twice as coarse: an eighth of the work an iteration.
+CPU_4MM: dict[str, Any] = {
+    "spacing_mm": 4.0,
+    "patch_size": (40, 48, 40),
+    "features": (64, 128, 256, 320),
+    "blocks": (3, 4, 6, 6),
+    "batch_size": 2,
+}
 GPU_1MM: dict[str, Any] = {
     "spacing_mm": 1.0,
     "patch_size": (160, 192, 160),
@@ -104,7 +112,7 @@ GPU_1MM: dict[str, Any] = {
     "blocks": (1, 3, 4, 6, 6, 6),
     "batch_size": 2,
 }
-PLANS = {"2mm": CPU_2MM, "1mm": GPU_1MM}
+PLANS = {"4mm": CPU_4MM, "2mm": CPU_2MM, "1mm": GPU_1MM}
 
 
 def write_plans(folder: Path, which: str) -> Path:
@@ -128,7 +136,7 @@ def write_plans(folder: Path, which: str) -> Path:
 
 
 def main() -> None:
-    """Command line: ``python -m training.synthesis.plans 2mm|1mm FOLDER``."""
+    """Command line: ``python -m training.synthesis.plans 4mm|2mm|1mm FOLDER``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=sorted(PLANS))
     parser.add_argument("folder", type=Path)
