@@ -63,6 +63,7 @@ _FORMS = {
     "person.known": _Form(_ALERT, "E", _USER_ATTRIBUTES),
     "access.refused": _Form(_ALERT, "E", _RESTRICTED),
     "association_rejected": _Form(_ALERT, "E", _NODE_AUTHENTICATION),
+    "job.read": _Form(_ACCESSED, "R"),
     "result.read": _Form(_ACCESSED, "R"),
     "study.read": _Form(_ACCESSED, "R"),
     "segmentation.uploaded": _Form(_IMPORT, "C"),

@@ -1,7 +1,12 @@
 """What the HTTP interface puts into the audit trail by itself: who was refused, and who has read what.
 
-What an endpoint changes it records itself, in the transaction of the change. A result or a study that is read
-is recorded here, before the first byte of it leaves: what cannot be recorded is not handed out.
+What an endpoint changes it records itself, in the transaction of the change. A study, a job or a result that
+is read is recorded here, before the first byte of it leaves: what cannot be recorded is not handed out.
+
+A page of the operator's console bears the name of the operation that it shows, so it is recorded as that
+operation is. Work lists (queue, studies, deliveries) are not: they name studies and say how far each is, the
+queue is read again every ten seconds, and a line for each would hide the others. The pictures of a list are
+results that are handed out one by one, and are recorded.
 """
 
 from __future__ import annotations
@@ -17,9 +22,10 @@ from service.dicom.throttle import Throttle
 from service.records.database import Records
 from service.records.events import acting_from, record_event
 
-# Operations whose answers tell of patients or of what others did, and what their line is called.
+# Operations whose answers tell of one patient or of what others did, and what their line is called.
 READS = {
     "read_study": "study.read",
+    "read_segmentation": "job.read",  # with the volumes that were found
     "read_labelmap": "result.read",
     "read_segmentation_object": "result.read",
     "read_measurements": "result.read",

@@ -79,7 +79,9 @@ def get_visitor(request: Request, state: State) -> Visitor:
         key = session.get(ApiKey, login.key_id)
         if key is None or not is_alive(key, state.clock()):
             raise LoginRequired
-        return Visitor(Caller(key.key_id, key.name, key.role), login, sealer.form_token(login))
+    caller = Caller(key.key_id, key.name, key.role)
+    request.state.caller = caller  # the audit trail names who reads
+    return Visitor(caller, login, sealer.form_token(login))
 
 
 def _person(request: Request, state: ApiState) -> Visitor:
@@ -93,6 +95,7 @@ def _person(request: Request, state: ApiState) -> Visitor:
             raise LoginRequired
         key, person_session = found
         visitor = Visitor(Caller(key.key_id, key.name, key.role), None, csrf_token(secret))
+        request.state.caller = visitor.caller
         due = is_due(person_session, now)
     if due:
         with state.records.write() as session:

@@ -1,4 +1,7 @@
-"""The pages. Each shows what a function of the interface returns, or calls one and goes back."""
+"""The pages. Each shows what a function of the interface returns, or calls one and goes back.
+
+A page that the audit trail tells of bears the name of its operation: see :mod:`service.api.trail`.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +154,7 @@ def queue(
     )
 
 
-@router.get("/jobs/{job_id}")
+@router.get("/jobs/{job_id}", name="read_segmentation")
 def job(request: Request, state: State, visitor: VisitorDep, job_id: Identifier, said: Said = "") -> Response:
     caller = visitor.require("read_segmentation")
     with state.records.read() as session:
@@ -159,7 +162,7 @@ def job(request: Request, state: State, visitor: VisitorDep, job_id: Identifier,
     return show(request, "job.html", visitor=visitor, job=document, said=said)
 
 
-@router.get("/jobs/{job_id}/preview.png")
+@router.get("/jobs/{job_id}/preview.png", name="read_preview")
 def preview(state: State, visitor: VisitorDep, job_id: Identifier) -> Response:
     return segmentations.read_preview(job_id, state, visitor.require("read_preview"))
 
@@ -187,7 +190,7 @@ def study_list(
     return show(request, "studies.html", visitor=visitor, page=page, newest=newest, said=said)
 
 
-@router.get("/studies/{study_instance_uid}")
+@router.get("/studies/{study_instance_uid}", name="read_study")
 def study(
     request: Request, state: State, visitor: VisitorDep, study_instance_uid: StudyUid, said: Said = ""
 ) -> Response:
@@ -320,7 +323,7 @@ def roll_back(state: State, visitor: PosterDep, name: ModelName) -> Response:
 # The audit trail -------------------------------------------------------------------------------------------
 
 
-@router.get("/audit")
+@router.get("/audit", name="list_events")
 def events(
     request: Request,
     state: State,

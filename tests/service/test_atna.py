@@ -186,6 +186,7 @@ def test_a_login_as_dicom_says_it(records: Records) -> None:
         ("access.refused", "110113", "110132", "E"),
         ("association_rejected", "110113", "110126", "E"),
         ("study.read", "110103", None, "R"),
+        ("job.read", "110103", None, "R"),
         ("result.read", "110103", None, "R"),
         ("segmentation.uploaded", "110107", None, "C"),
         ("delivery_sent", "110104", None, "R"),

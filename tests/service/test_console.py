@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from api_harness import STUDY, ApiHarness
-from sqlalchemy import select
+from sqlalchemy import select, text
 from structlog.testing import capture_logs
 
 from service.api.access import MINIMUM_ROLE
@@ -21,7 +21,7 @@ from service.console.login import COOKIE, IDLE, LONGEST, Login, LoginSealer
 from service.keys import revoke
 from service.records.database import Records
 from service.records.jobs import refuse_job
-from service.records.tables import Delivery, DeliveryState, Event, Job, JobState, Role
+from service.records.tables import Delivery, DeliveryState, Event, Job, JobState, ResultKind, Role
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -223,6 +223,48 @@ def test_a_study_shows_its_jobs_series_and_deliveries(operator: Browser, api: Ap
     assert "SECRET-PATIENT" not in page + operator.get("studies").text + operator.get(f"jobs/{job_id}").text
     assert operator.get("studies/1.2.3").status_code == 404
     assert "There is no study 1.2.3" in operator.get("studies/1.2.3").text
+
+
+def test_what_is_read_of_a_patient_on_the_page_is_audited_and_the_lists_are_not(
+    admin: Browser, api: ApiHarness
+) -> None:
+    job_id = api.enqueue(instances=[api.receive_instance()])
+    picture = api.succeed(job_id, preview=True)[ResultKind.PREVIEW]
+    for path in ("queue", "queue", "studies", "deliveries", "models", "destinations"):
+        assert admin.get(path).status_code == 200
+    for _ in range(2):  # again within the hour: no further line
+        assert admin.get(f"studies/{STUDY}").status_code == 200
+        assert admin.get(f"jobs/{job_id}").status_code == 200
+        assert admin.get(f"jobs/{job_id}/preview.png").content == picture
+        assert admin.get("audit").status_code == 200
+    assert admin.get("studies/1.2.3").status_code == 404  # nothing was read
+    with api.records.read() as session:
+        rows = session.scalars(select(Event).order_by(Event.chain_index)).all()
+    told = [(row.kind, row.actor, row.origin, row.subject) for row in rows if row.kind.endswith(".read")]
+    assert told == [
+        ("study.read", "admin", "127.0.0.1", STUDY),
+        ("job.read", "admin", "127.0.0.1", job_id),
+        ("result.read", "admin", "127.0.0.1", job_id),
+        ("audit.read", "admin", "127.0.0.1", ""),
+    ]
+
+
+def test_a_page_that_a_role_may_not_see_is_audited_with_who_asked(operator: Browser, api: ApiHarness) -> None:
+    assert operator.get("audit").status_code == 403
+    told = [(row.actor, row.detail["operation"]) for row in events(api, "access.refused")]
+    assert told == [("operator", "list_events")]
+
+
+def test_what_cannot_be_recorded_is_not_shown(admin: Browser, api: ApiHarness) -> None:
+    job_id = api.enqueue(instances=[api.receive_instance()])
+    picture = api.succeed(job_id, preview=True)[ResultKind.PREVIEW]
+    with api.records.write() as session:
+        session.execute(text("ALTER TABLE event RENAME TO gone"))
+    for path in (f"studies/{STUDY}", f"jobs/{job_id}", f"jobs/{job_id}/preview.png"):
+        response = admin.get(path)
+        assert response.status_code >= 500, path
+        assert STUDY not in response.text
+        assert picture not in response.content
 
 
 def test_a_parked_delivery_is_retried_from_the_page(operator: Browser, api: ApiHarness) -> None:

@@ -172,7 +172,9 @@ class ApiHarness:
             if job.job_id == job_id:
                 return job
 
-    def succeed(self, job_id: str, *, dicom: bool = True, version: str = "1.0.0") -> dict[ResultKind, bytes]:
+    def succeed(
+        self, job_id: str, *, dicom: bool = True, preview: bool = False, version: str = "1.0.0"
+    ) -> dict[ResultKind, bytes]:
         """Have a worker end a job with results; their contents by kind."""
         job = self.claim(job_id, version=version)
         folder = self.spool.results_dir / job_id
@@ -181,6 +183,8 @@ class ApiHarness:
         contents = {ResultKind.LABELMAP: labelmap, ResultKind.MEASUREMENTS: b'{"ml": 1}'}
         if dicom:
             contents[ResultKind.SEGMENTATION] = b"segmentation"
+        if preview:
+            contents[ResultKind.PREVIEW] = b"preview"
         results = []
         for kind, content in contents.items():
             path = folder / kind.value
