@@ -1,6 +1,7 @@
 """``segnode doctor``: looks for what would keep a node from working, and says what to do about it.
 
-Every check looks and changes nothing, but for the C-ECHO that it sends to each destination.
+Every check looks and changes nothing, but for the C-ECHO that it sends to each destination, and a folder of
+its own that comes and goes in a data folder which several hosts may share.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ import errno
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from pathlib import Path
 
 from sqlalchemy.engine import make_url
@@ -21,30 +20,17 @@ from models.errors import SegnodeError
 from models.registry import Registry
 from models.resources import available_memory_bytes, usable_cores
 from models.runtimes import available_runtimes, choose_runtime
+from service.diagnosis import Finding, ok, problem, warning
+from service.mounts import NETWORK_FILE_SYSTEMS, mount_of
+from service.records.database import LARGEST_CLOCK_OFFSET, Records
 from service.records.migrate import current_revision, head_revision
 from service.routes import Route
 from service.settings import GIB, Destination, Settings
+from service.shared_folder import probe_shared_folder
 from service.tls import TlsError, check_key, read_certificates
 
-_NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "glusterfs"})
 _LITTLE_MEMORY_BYTES = 4 * GIB
 _CERTIFICATE_ENDS_SOON = timedelta(days=30)
-
-
-class Health(StrEnum):
-    OK = "ok"
-    WARNING = "warning"
-    PROBLEM = "problem"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found: one sentence, and what to do where something is wrong."""
-
-    what: str
-    health: Health
-    message: str
-    remedy: str = ""
 
 
 Echo = Callable[[Destination], str | None]
@@ -70,7 +56,7 @@ def examine(settings: Settings, registry: Registry, *, echo: Echo) -> Iterator[F
 def check_configuration(settings: Settings, registry: Registry) -> Iterator[Finding]:
     """What keeps a node that runs from being of any use."""
     if not settings.dicom.peers and not settings.dicom.allow_unknown_peers:
-        yield _warning(
+        yield warning(
             "peers",
             "No peer is configured: every DICOM association is rejected.",
             "List the PACS under dicom.peers, with its AE title and address.",
@@ -78,9 +64,9 @@ def check_configuration(settings: Settings, registry: Registry) -> Iterator[Find
     else:
         known = ", ".join(peer.ae_title for peer in settings.dicom.peers) or "none by name"
         anyone = "; any other is accepted too" if settings.dicom.allow_unknown_peers else ""
-        yield _ok("peers", f"{known}{anyone}")
+        yield ok("peers", f"{known}{anyone}")
     if not settings.routes:
-        yield _warning(
+        yield warning(
             "routes",
             "No route is configured: what arrives over DICOM is kept, and nothing follows.",
             "Say under routes which series go to which model, and where its results go.",
@@ -95,37 +81,37 @@ def check_route(route: Route, registry: Registry) -> Finding:
     active = registry.active_version(route.model)
     version = route.version or active
     if version is None:
-        return _problem(
+        return problem(
             what,
             f"The model {route.model} has no active version here.",
             "Install it: segnode models add BUNDLE --activate.",
         )
     if version not in registry.versions(route.model):
-        return _problem(what, f"{route.model} {version} is not installed.", "Install it, or name another.")
+        return problem(what, f"{route.model} {version} is not installed.", "Install it, or name another.")
     if registry.is_withdrawn(route.model, version):
-        return _problem(what, f"{route.model} {version} is withdrawn.", "Activate another version.")
+        return problem(what, f"{route.model} {version} is withdrawn.", "Activate another version.")
     try:
         named = [channel.name for channel in registry.get(route.model, version).manifest.channels]
     except SegnodeError as error:
-        return _problem(what, error.message, error.remedy or "Add the model again.")
+        return problem(what, error.message, error.remedy or "Add the model again.")
     if len(named) > 1 and not route.channels:
-        return _problem(
+        return problem(
             what,
             f"{route.model} {version} has {len(named)} channels, and the route does not tell them apart.",
             f"Give conditions under channels for each of {', '.join(named)}.",
         )
     if route.channels and sorted(route.channels) != sorted(named):
-        return _problem(
+        return problem(
             what,
             f"It names the channels {', '.join(route.channels)}; {route.model} {version} has "
             f"{', '.join(named)}.",
             "Name the channels as the model does.",
         )
     if not route.destinations:
-        return _warning(
+        return warning(
             what, "It has no destination: its results stay in the node.", "Name some under destinations."
         )
-    return _ok(what, f"{route.model} {version} to {', '.join(route.destinations)}")
+    return ok(what, f"{route.model} {version} to {', '.join(route.destinations)}")
 
 
 def check_data_dir(settings: Settings) -> Iterator[Finding]:
@@ -134,26 +120,34 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
     existing = _existing(folder)
     if not folder.is_dir():
         if not _writable(existing):
-            yield _problem(
+            yield problem(
                 "data folder",
                 f"{folder} is not there, and cannot be made in {existing}.",
                 "Make it, and give it to the node's user.",
             )
             return
-        yield _ok("data folder", f"{folder} is not there yet; segnode serve makes it")
+        yield ok("data folder", f"{folder} is not there yet; segnode serve makes it")
     elif not _writable(folder):
-        yield _problem(
+        yield problem(
             "data folder", f"{folder} cannot be written to.", "Give it to the node's user (chown), mode 0700."
         )
     else:
-        yield _ok("data folder", str(folder))
-    kind = _file_system(existing)
-    if kind in _NETWORK_FILE_SYSTEMS:
-        yield _problem(
+        yield ok("data folder", str(folder))
+    mount = mount_of(existing)
+    if is_sqlite(settings) and mount.kind in NETWORK_FILE_SYSTEMS:
+        yield problem(
             "data folder",
-            f"{folder} is on a network file system ({kind}), which can lose what was acknowledged.",
-            "Put data_dir on a local disk.",
+            f"{folder} is on a network file system ({mount.kind}), where SQLite can lose what was "
+            "acknowledged.",
+            "Put data_dir on a local disk, or the records on PostgreSQL (database_url).",
         )
+    elif not is_sqlite(settings) and folder.is_dir() and _writable(folder):
+        yield from probe_shared_folder(folder, mount)
+
+
+def is_sqlite(settings: Settings) -> bool:
+    """True if the records are a file, so that there is one host; on a server there may be several."""
+    return make_url(settings.records_url).get_backend_name() == "sqlite"
 
 
 def check_disk(settings: Settings) -> Iterator[Finding]:
@@ -162,58 +156,77 @@ def check_disk(settings: Settings) -> Iterator[Finding]:
     watermark = max(settings.storage.low_watermark_bytes, settings.storage.reserve_bytes)
     figures = f"{free / GIB:.1f} GiB free, watermark {watermark / GIB:.1f} GiB"
     if free < watermark:
-        yield _problem(
+        yield problem(
             "disk",
             f"{figures}: nothing new is accepted.",
             "Free some space, use a larger disk, or lower storage.low_watermark_bytes.",
         )
     elif free < 2 * watermark:
-        yield _warning("disk", f"{figures}.", "Plan for a larger disk.")
+        yield warning("disk", f"{figures}.", "Plan for a larger disk.")
     else:
-        yield _ok("disk", figures)
+        yield ok("disk", figures)
 
 
 def check_database(settings: Settings) -> Iterator[Finding]:
     """Whether the database answers and has this release's tables."""
     url = make_url(settings.records_url)
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
-        yield _ok("database", "there is none yet; segnode serve makes it")
+    if is_sqlite(settings) and not Path(url.database or "").exists():
+        yield ok("database", "there is none yet; segnode serve makes it")
         return
     try:
         present, wanted = current_revision(settings.records_url), head_revision()
     except (SQLAlchemyError, OSError) as error:
-        yield _problem(
+        yield problem(
             "database",
             f"{url.render_as_string(hide_password=True)} does not answer ({type(error).__name__}).",
             "Check database_url, the server, and the user's rights.",
         )
         return
+    if not is_sqlite(settings):
+        yield check_clock(settings)
     if present == wanted:
-        yield _ok("database", f"{url.get_backend_name()}, revision {present}")
+        yield ok("database", f"{url.get_backend_name()}, revision {present}")
     else:
-        yield _warning(
+        yield warning(
             "database",
             f"It is at revision {present or 'none'}; this release works on {wanted}.",
             "Back it up; segnode serve upgrades it at its next start.",
         )
 
 
+def check_clock(settings: Settings) -> Finding:
+    """Whether this host's clock is the database server's, by which leases go."""
+    records = Records(settings.records_url)
+    try:
+        offset_s = records.compare_clocks().total_seconds()
+    finally:
+        records.close()
+    if abs(offset_s) <= LARGEST_CLOCK_OFFSET.total_seconds():
+        return ok("clock", f"within {LARGEST_CLOCK_OFFSET.total_seconds():g} s of the database server's")
+    return warning(
+        "clock",
+        f"This host's clock is {abs(offset_s):.0f} s {'behind' if offset_s > 0 else 'ahead of'} the database "
+        "server's.",
+        "Keep NTP on both.",
+    )
+
+
 def check_port(what: str, host: str, port: int) -> Finding:
     """Whether a port can be listened on."""
     if port == 0:
-        return _ok(what, "any that is free")
+        return ok(what, "any that is free")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family):
-            return _ok(what, f"{host}:{port} is free")
+            return ok(what, f"{host}:{port} is free")
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return _warning(
+            return warning(
                 what,
                 f"Something listens on {host}:{port} already.",
                 "Right if this node is running; else stop it or configure another port.",
             )
-        return _problem(
+        return problem(
             what,
             f"{host}:{port} cannot be listened on: {error.strerror}.",
             "Configure another address or port.",
@@ -225,8 +238,8 @@ def check_machine() -> Finding:
     cores, memory = usable_cores(), available_memory_bytes()
     figures = f"{cores} core(s), {memory / GIB:.1f} GiB of memory available"
     if memory < _LITTLE_MEMORY_BYTES:
-        return _warning("machine", f"{figures}: large volumes will be refused.", "Give the node more memory.")
-    return _ok("machine", figures)
+        return warning("machine", f"{figures}: large volumes will be refused.", "Give the node more memory.")
+    return ok("machine", figures)
 
 
 def check_runtime(settings: Settings) -> Finding:
@@ -234,8 +247,8 @@ def check_runtime(settings: Settings) -> Finding:
     try:
         chosen = choose_runtime(settings.worker.runtime)
     except SegnodeError as error:
-        return _problem("runtime", error.message, error.remedy)
-    return _ok("runtime", f"{chosen} (installed: {', '.join(available_runtimes())})")
+        return problem("runtime", error.message, error.remedy)
+    return ok("runtime", f"{chosen} (installed: {', '.join(available_runtimes())})")
 
 
 def check_certificates(settings: Settings, now: datetime | None = None) -> Iterator[Finding]:
@@ -266,26 +279,26 @@ def _check_certificate(what: str, path: Path, key: Path | None, now: datetime) -
         if key is not None:
             check_key(path, key)
     except TlsError as error:
-        return _problem(what, error.message, error.remedy or "Give other files.")
+        return problem(what, error.message, error.remedy or "Give other files.")
     # Of the node's own file every one must be good; an authority that is over may stand beside its heir.
     strictest, latest = (max, min) if key is not None else (min, max)
     begins_at = strictest(each.begins_at for each in certificates)
     ends_at = latest(each.ends_at for each in certificates)
     renew = "Renew it: put the new files in the place of the old; the node takes them without a restart."
     if ends_at <= now:
-        return _problem(what, f"{path} has expired, on {ends_at:%Y-%m-%d %H:%M} UTC.", renew)
+        return problem(what, f"{path} has expired, on {ends_at:%Y-%m-%d %H:%M} UTC.", renew)
     if begins_at > now:
-        return _problem(what, f"{path} is good from {begins_at:%Y-%m-%d %H:%M} UTC on, and not yet.", renew)
+        return problem(what, f"{path} is good from {begins_at:%Y-%m-%d %H:%M} UTC on, and not yet.", renew)
     if ends_at - now < _CERTIFICATE_ENDS_SOON:
-        return _warning(what, f"{path} expires in {(ends_at - now).days} days, on {ends_at:%Y-%m-%d}.", renew)
-    return _ok(what, f"{certificates[0].subject}, until {ends_at:%Y-%m-%d}")
+        return warning(what, f"{path} expires in {(ends_at - now).days} days, on {ends_at:%Y-%m-%d}.", renew)
+    return ok(what, f"{certificates[0].subject}, until {ends_at:%Y-%m-%d}")
 
 
 def check_models(registry: Registry) -> Iterator[Finding]:
     """Whether every installed version is still what was installed."""
     names = registry.names()
     if not names:
-        yield _warning(
+        yield warning(
             "models",
             "No model is installed.",
             "segnode serve installs those that ship; segnode models add one.",
@@ -297,11 +310,11 @@ def check_models(registry: Registry) -> Iterator[Finding]:
             try:
                 bundle = registry.get(name, version)
             except SegnodeError as error:
-                yield _problem(what, error.message, error.remedy)
+                yield problem(what, error.message, error.remedy)
                 continue
             marks = ["active"] if version == active else []
             marks += ["withdrawn"] if registry.is_withdrawn(name, version) else []
-            yield _ok(what, " ".join([*marks, f"digest {bundle.digest[:12]}…"]))
+            yield ok(what, " ".join([*marks, f"digest {bundle.digest[:12]}…"]))
 
 
 def check_destination(destination: Destination, echo: Echo) -> Finding:
@@ -310,24 +323,12 @@ def check_destination(destination: Destination, echo: Echo) -> Finding:
     peer = f"{destination.ae_title}@{destination.host}:{destination.port}"
     wrong = echo(destination)
     if wrong is None:
-        return _ok(what, f"{peer} answers")
-    return _problem(
+        return ok(what, f"{peer} answers")
+    return problem(
         what,
         f"{peer}: {wrong}",
         "Check host and port, that the PACS knows this node's AE title and address, and its firewall.",
     )
-
-
-def _ok(what: str, message: str) -> Finding:
-    return Finding(what, Health.OK, message)
-
-
-def _warning(what: str, message: str, remedy: str) -> Finding:
-    return Finding(what, Health.WARNING, message, remedy)
-
-
-def _problem(what: str, message: str, remedy: str) -> Finding:
-    return Finding(what, Health.PROBLEM, message, remedy)
 
 
 def _existing(folder: Path) -> Path:
@@ -343,18 +344,3 @@ def _writable(folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _file_system(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
-    """The type of the file system that a folder is on; empty where the system does not tell."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    found, longest = "", -1
-    for line in lines:
-        _, point, kind, *_ = line.split(" ")
-        mount = Path(point.replace("\\040", " "))
-        if (mount == folder or mount in folder.parents) and len(mount.parts) > longest:
-            found, longest = kind, len(mount.parts)
-    return found

@@ -28,7 +28,7 @@ from service.errors import StorageFullError
 from service.governance import Governance
 from service.lease import LeaseOwner, is_proven_dead
 from service.logs import get_logger
-from service.records.database import Records, utc_now
+from service.records.database import LARGEST_CLOCK_OFFSET, Records, utc_now
 from service.records.events import record_event
 from service.records.fleet import beat, sign_off
 from service.records.jobs import claim_job, reap_lapsed_jobs
@@ -43,7 +43,6 @@ _ACTOR = "worker"
 _PAUSE_AFTER_ERROR_S = 5.0
 _BEAT_EVERY_S = 10.0
 _COMPARE_CLOCKS_EVERY_S = 60.0
-_LARGEST_CLOCK_OFFSET = timedelta(seconds=2)
 _STOP_NOTICED_WITHIN_S = 0.2
 
 log = get_logger(__name__)
@@ -205,7 +204,7 @@ class Worker:
             return
         offset = self._records.compare_clocks()
         self._clocks_compared_at = time.monotonic()
-        if abs(offset) > _LARGEST_CLOCK_OFFSET:
+        if abs(offset) > LARGEST_CLOCK_OFFSET:
             log.warning("worker.clock_differs", by_s=round(offset.total_seconds(), 1))
 
     def _keep_house(self) -> bool:

@@ -19,8 +19,9 @@ def doctor(config: Config = None) -> None:
 
     Exit status 1 if there is a problem; warnings alone give 0.
     """
+    from service.diagnosis import Health
     from service.dicom.send import OutcomeKind, echo
-    from service.doctor import Health, examine
+    from service.doctor import examine
     from service.node import open_registry
 
     settings = load(config)

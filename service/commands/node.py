@@ -29,7 +29,8 @@ def serve(config: Config = None) -> None:
     Makes the data folder, the database and the models that ship if they are not there yet. Ends on SIGTERM
     or Ctrl-C, after what is under way.
     """
-    from service.doctor import Health, check_configuration
+    from service.diagnosis import Health
+    from service.doctor import check_configuration
     from service.lifetime import stop_on_signals
     from service.logs import configure_logging
     from service.node import open_node, seed_models

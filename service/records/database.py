@@ -24,6 +24,8 @@ _SESSION_OPTIONS = (
     "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 )
 _CONNECT_TIMEOUT_S = 10
+LARGEST_CLOCK_OFFSET = timedelta(seconds=2)
+"""By how much a host's clock may differ from the database server's before somebody is told."""
 _WORK = "segnode work"
 _WRITERS_LOCK = 0x5E610DF  # advisory; the migrations' own is one below
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from certificates import Authority, Pair
 
-from service.doctor import Finding, Health, check_certificates
+from service.diagnosis import Finding, Health
+from service.doctor import check_certificates
 from service.settings import Settings
 from service.tls import ReloadingContext, TlsError, client_context, server_context
 

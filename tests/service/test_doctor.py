@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundle_factory import make_threshold_bundle
+from postgresql import PostgresServer
 
 from models.registry import Registry
 from service import doctor
-from service.doctor import Finding, Health, examine
-from service.records.database import Records
+from service.diagnosis import Finding, Health
+from service.doctor import examine
+from service.mounts import Mount
+from service.records import database
+from service.records.database import Records, utc_now
 from service.records.migrate import upgrade
 from service.settings import Settings
 
@@ -69,14 +75,6 @@ def test_a_data_folder_that_is_a_file(tmp_path: Path, registry: Registry) -> Non
     (tmp_path / "data").write_text("")
     wrong = Settings(data_dir=tmp_path / "data" / "below")
     assert next(iter(doctor.check_data_dir(wrong))).health is Health.OK  # its parent can be written to
-    assert doctor._file_system(Path("/x/y"), _mounts(tmp_path, "srv /x nfs4 rw 0 0\n")) == "nfs4"
-    assert doctor._file_system(Path("/xy"), _mounts(tmp_path, "srv /x nfs4 rw 0 0\n")) == ""
-
-
-def _mounts(folder: Path, lines: str) -> Path:
-    path = folder / "mounts"
-    path.write_text(lines)
-    return path
 
 
 def test_a_full_disk(tmp_path: Path, registry: Registry) -> None:
@@ -159,3 +157,28 @@ def test_a_node_that_nobody_can_reach_and_that_does_nothing(tmp_path: Path, regi
     idle = findings(settings(tmp_path, dicom={"port": 0}, routes=[]), registry)
     assert idle["peers"].health is Health.WARNING
     assert idle["routes"].health is Health.WARNING
+
+
+def test_sqlite_on_a_network_file_system_is_a_problem_and_postgresql_is_tried_there(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "mount_of", lambda _: Mount("nfs4", frozenset({"rw"})))
+    on_a_file = settings(tmp_path)
+    assert [f.health for f in doctor.check_data_dir(on_a_file)] == [Health.OK, Health.PROBLEM]
+    on_a_server = settings(tmp_path, database_url="postgresql+psycopg://segnode@postgres/segnode")
+    told = list(doctor.check_data_dir(on_a_server))
+    assert [(f.what, f.health) for f in told] == [("data folder", Health.OK), ("shared folder", Health.OK)]
+    assert "nfs4" in told[1].message
+
+
+def test_the_clock_of_the_database_server(
+    tmp_path: Path, postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with postgresql.database() as url:
+        node = settings(tmp_path, database_url=url)
+        found = {finding.what: finding for finding in doctor.check_database(node)}
+        assert {what: f.health for what, f in found.items()} == {"clock": Health.OK, "database": Health.OK}
+        monkeypatch.setattr(database, "utc_now", lambda: utc_now() - timedelta(minutes=3))
+        clock = doctor.check_clock(node)
+    assert clock.health is Health.WARNING
+    assert re.search(r"(179|180) s behind", clock.message)
