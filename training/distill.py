@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +29,13 @@ from training.distillation.base import Channels
 from training.ema import MovingAverage
 from training.environment import configure_nnunet, seed_everything
 from training.errors import RecipeError, TrainingDataError
+from training.hardware import barrier, device_of, join_process_group, place, precision_of
 from training.lesson import Lesson, Teacher, encode_decode, labels_of
 from training.preprocess import Split, TrainingCases, prepare_dataset, write_json
 from training.recipe import Recipe, TrainingRecipe
 from training.run_log import RunLog
 from training.run_state import RunState, nnunet_checkpoint, save_atomically
+from training.start import start_from
 from training.student import build_network, scaled_plans
 from training.synthesis.label_maps import LabelMapFolder
 from training.synthesis.source import SyntheticToolbox
@@ -65,6 +66,7 @@ def distill(
     recipe: Recipe,
     work_folder: Path,
     *,
+    start: ResultsFolder | None = None,
     device: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
@@ -84,6 +86,8 @@ def distill(
         Student, budget and distillation terms.
     work_folder : Path
         Where preprocessed data and results go. A run in it of the same recipe is continued.
+    start : ResultsFolder or None
+        A trained student to start from, see `training.start`; None draws the weights from the seed.
     device : str
         "auto" (CUDA where there is one), "cpu" or "cuda".
 
@@ -99,6 +103,8 @@ def distill(
     RecipeError
         If a run of another recipe is in the folder, a term does not fit the networks, or there is no teacher
         for it.
+    StudentError
+        If the student cannot start from ``start``.
     """
     if recipe.distillation and not teacher.checkpoints:
         raise RecipeError(
@@ -106,8 +112,8 @@ def distill(
             remedy="Give a trained results folder, or a recipe without distillation terms.",
         )
     training = recipe.training
-    where = _device(device)
-    rank, world = _join_process_group(where)
+    where = device_of(device)
+    rank, world = join_process_group(where)
     configure_nnunet(work_folder, augmentation_processes=training.loader_processes)
     seed_everything(training.seed, threads=training.threads)
     torch.use_deterministic_algorithms(training.deterministic, warn_only=True)
@@ -125,9 +131,10 @@ def distill(
         log.info("this run is finished already")
         return folder.parent
 
-    autocast, scaler = _precision(training.precision, where)
-    lesson, state = _build(teacher, plans, recipe, toolbox, scaler)
-    resumed = state.load(folder, recipe.digest, where)
+    autocast, scaler = precision_of(training.precision, where)
+    lesson, state = _build(teacher, plans, recipe, toolbox, scaler, start)
+    run_digest = recipe.digest if start is None else f"{recipe.digest}+{start.digest}"
+    resumed = state.load(folder, run_digest, where)
     trained: nn.Module = lesson
     if world > 1:
         trained = DistributedDataParallel(
@@ -140,7 +147,7 @@ def distill(
     if recipe.distillation:
         frozen = Teacher([teacher.network(i, deep_supervision=True) for i in range(len(teacher.checkpoints))])
         for network in frozen.networks:
-            _place(network, where)
+            place(network, where)
 
     train_loader, validation_loader = toolbox.loaders(state.epoch * training.iterations_per_epoch)
     if frozen is not None and not resumed:
@@ -148,7 +155,7 @@ def distill(
         images = (toolbox.to_device(batch).images for batch in train_loader)
         for method in lesson.method_list():
             method.prepare(frozen.networks[0], images, lesson.activation)
-        _barrier(world)
+        barrier(world)
     if rank == 0:
         _describe_results(folder, teacher, plans)
     run_log = RunLog(folder, resumed_epoch=state.epoch if resumed else 0) if rank == 0 else None
@@ -212,16 +219,16 @@ def distill(
             )
             if improved:
                 _write_checkpoint(folder / BEST_CHECKPOINT, state, toolbox)
-            state.save(folder, recipe.digest)
-        _barrier(world)
+            state.save(folder, run_digest)
+        barrier(world)
         patience = training.early_stop_epochs
         if patience is not None and epoch - state.best_epoch >= patience:
             log.info("no better validation Dice for %d epochs: stopping", patience)
             break
 
     if rank == 0:
-        _write_results_folder(folder, state, toolbox, teacher, recipe)
-    _barrier(world)
+        _write_results_folder(folder, state, toolbox, teacher, recipe, start)
+    barrier(world)
     return folder.parent
 
 
@@ -251,7 +258,7 @@ def _toolbox(
             )
         if rank == 0:
             _prepare(teacher, cases, split, plans, work_folder)
-        _barrier(world)
+        barrier(world)
         return Toolbox(plans, teacher.dataset_json, teacher.configuration, device)
     assert synthesis is not None
     return SyntheticToolbox(
@@ -294,17 +301,20 @@ def _build(
     recipe: Recipe,
     toolbox: Toolbox,
     scaler: torch.amp.GradScaler,
+    start: ResultsFolder | None,
 ) -> tuple[Lesson, RunState]:
-    """Student, methods, average and optimiser, freshly drawn from the recipe's seed."""
+    """Student, methods, average and optimiser, freshly drawn from the recipe's seed but for the start."""
     training = recipe.training
     settings = plans["configurations"][teacher.configuration]
     student_features = list(settings["architecture"]["arch_kwargs"]["features_per_stage"])
     torch.manual_seed(training.seed)
     student = build_network(settings, teacher.n_channels, teacher.classes.n_outputs, deep_supervision=True)
+    if start is not None:
+        start_from(student, plans, teacher.dataset_json, teacher.configuration, start)
     activation: Literal["softmax", "sigmoid"] = "sigmoid" if toolbox.has_regions else "softmax"
     channels = Channels(tuple(student_features), tuple(teacher.features))
     lesson = Lesson(student, recipe.distillation, channels, toolbox.loss(), activation)
-    _place(lesson, toolbox.device)
+    place(lesson, toolbox.device)
     optimizer = _optimizer([p for p in lesson.parameters() if p.requires_grad], training)
     average = MovingAverage(lesson.student, training.ema_decay)
     return lesson, RunState(lesson, average, optimizer, scaler)
@@ -360,6 +370,7 @@ def _write_results_folder(
     toolbox: Toolbox,
     teacher: ResultsFolder,
     recipe: Recipe,
+    start: ResultsFolder | None,
 ) -> None:
     """What the run was, then the final checkpoint, which says "finished"."""
     write_json(
@@ -370,6 +381,7 @@ def _write_results_folder(
             "method": recipe.method,
             "width": str(recipe.student.width),
             "teacher_digest": teacher.digest,
+            "start_digest": None if start is None else start.digest,
             "epochs": state.epoch,
             "best_epoch": state.best_epoch,
         },
@@ -384,46 +396,6 @@ def _describe_results(folder: Path, teacher: ResultsFolder, plans: dict[str, Any
     write_json(folder.parent / "dataset.json", teacher.dataset_json)
     if teacher.fingerprint is not None:
         (folder.parent / "dataset_fingerprint.json").write_bytes(teacher.fingerprint.read_bytes())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(name)
-
-
-def _join_process_group(device: torch.device) -> tuple[int, int]:
-    """Rank and number of processes; more than one if torchrun started this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _barrier(world: int) -> None:
-    if world > 1:
-        dist.barrier()
-
-
-def _place(network: nn.Module, device: torch.device) -> None:
-    """Move to the device. Channels last takes two thirds of the time on a CPU, and helps on CUDA."""
-    network.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-
-
-def _precision(
-    name: str, device: torch.device
-) -> tuple[Callable[[], AbstractContextManager[Any]], torch.amp.GradScaler]:
-    """The autocast context, and the scaler of the loss, which only float16 needs."""
-    if name == "auto":
-        name = "float16" if device.type == "cuda" else "float32"
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
-    if name == "float32":
-        return nullcontext, scaler
-    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-    return lambda: torch.autocast(device.type, dtype=dtype), scaler
 
 
 def _nan_mean(values: list[float]) -> float:

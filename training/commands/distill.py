@@ -32,6 +32,9 @@ def distill(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run; one there is continued.")
     ],
+    start_from: Annotated[
+        Path | None, typer.Option(help="Results folder of a student whose weights this one starts with.")
+    ] = None,
     train_list: Annotated[str, typer.Option(help="Name of the training list in the split.")] = "train",
     validation_list: Annotated[str, typer.Option(help="Name of the validation list.")] = "choose",
     fold: Annotated[str | None, typer.Option(help="The teacher's folds, for example 0 or 0,1,2.")] = None,
@@ -81,6 +84,7 @@ def distill(
             read_split(split, train_list, validation_list),
             parsed,
             output,
+            start=None if start_from is None else ResultsFolder.open(start_from),
             device=device,
             progress=show,
         )
