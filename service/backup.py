@@ -32,7 +32,7 @@ from service.records.migrate import current_revision, upgrade
 from service.settings import Settings
 
 _VERSION_TABLE = "alembic_version"
-_FILES_OF = (("instance", "path"), ("job_input", "path"), ("result", "path"))
+_WITH_FILES = ("instance", "job_input", "result", "site_case")  # their column path says where in the spool
 _BATCH_ROWS = 500
 _FORMAT = 1
 
@@ -45,7 +45,7 @@ class BackupError(SegnodeError):
 
 @dataclass(frozen=True)
 class BackedUp:
-    """What is in a backup. ``missing`` are files that rows speak of and that were not there."""
+    """What is in a backup. ``missing`` are files that rows speak of and that should have been there."""
 
     revision: str
     rows: int
@@ -74,16 +74,18 @@ def back_up(settings: Settings, target: Path) -> BackedUp:
             rows, wanted = _write_tables(session.connection(), target, sums)
     finally:
         records.close()
-    missing = []
+    files, missing = 0, []
     for relative in sorted(wanted):
         try:
             sums[f"spool/{relative}"] = _copy(settings.spool_dir / relative, target / "spool" / relative)
+            files += 1
         except FileNotFoundError:
-            missing.append(relative)
+            if wanted[relative]:
+                missing.append(relative)
     for path in _files_in(settings.registry_dir):
         relative = path.relative_to(settings.registry_dir).as_posix()
         sums[f"models/{relative}"] = _copy(path, target / "models" / relative)
-    done = BackedUp(revision, rows, len(wanted) - len(missing), tuple(missing))
+    done = BackedUp(revision, rows, files, tuple(missing))
     description = {
         "format": _FORMAT,
         "made_at": utc_now().isoformat(),
@@ -135,16 +137,22 @@ def _tables(connection: Connection) -> list[Table]:
     return [table for table in metadata.sorted_tables if table.name != _VERSION_TABLE]
 
 
-def _write_tables(connection: Connection, target: Path, sums: dict[str, str]) -> tuple[int, set[str]]:
+def _write_tables(connection: Connection, target: Path, sums: dict[str, str]) -> tuple[int, dict[str, bool]]:
+    """Write every table; how many rows there are, and the files that they speak of.
+
+    With each file: whether it must be there. It need not be where the retention has purged its job.
+    """
     count = 0
-    paths: set[str] = set()
-    columns = dict(_FILES_OF)
-    for table in _tables(connection):
+    paths: dict[str, bool] = {}
+    tables = _tables(connection)
+    purge = next((table for table in tables if table.name == "purge"), None)  # older revisions have none
+    purged = set(connection.scalars(select(purge.c.job_id))) if purge is not None else set()
+    for table in tables:
         lines = []
         for row in connection.execute(select(table).order_by(*table.primary_key.columns)).mappings():
             lines.append(json.dumps({name: _as_json(value) for name, value in row.items()}))
-            if table.name in columns:
-                paths.add(row[columns[table.name]])
+            if table.name in _WITH_FILES:
+                paths[row["path"]] = paths.get(row["path"], False) or row.get("job_id") not in purged
         name = f"records/{table.name}.jsonl"
         sums[name] = _write(target / name, "".join(f"{line}\n" for line in lines))
         count += len(lines)

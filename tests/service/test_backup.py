@@ -14,10 +14,11 @@ from sqlalchemy import MetaData, select
 from service.backup import BackupError, back_up, restore
 from service.records.database import Records
 from service.records.events import record_event
+from service.records.governance_tables import Purge, SiteCase
 from service.records.jobs import claim_job, succeed_job
 from service.records.migrate import downgrade, upgrade
 from service.records.supersession import enqueue_newest
-from service.records.tables import Event, JobOrigin, ResultKind
+from service.records.tables import Event, Job, JobOrigin, JobState, ResultKind
 from service.records.work import NewInput, NewJob, NewResult, Outcome
 from service.settings import Settings
 
@@ -98,6 +99,40 @@ def test_what_is_restored_is_what_was_backed_up(
     with records.read() as session:
         assert session.scalars(select(Event.kind).order_by(Event.event_id.desc())).first() == "after.restore"
     records.close()
+
+
+def test_the_approved_labelmap_of_a_golden_case_is_in_it(node: SmallNode, tmp_path: Path) -> None:
+    approved = node.spool.root / "cases" / "a.nii.gz"
+    node.spool.make_folder(approved.parent)
+    approved.write_bytes(b"approved")
+    with node.records.write() as session:
+        job = session.scalars(select(Job).where(Job.state == JobState.SUCCEEDED)).one()
+        case = SiteCase(
+            job_id=job.job_id,
+            model_name=job.model_name,
+            path=node.spool.relative(approved),
+            sha256="0" * 64,
+            source="as_produced",
+            labels=[],
+            approved_by="somebody",
+            created_at=node.records.now(),
+        )
+        session.add(case)
+    back_up(node.settings, tmp_path / "backup")
+    settings = Settings(data_dir=tmp_path / "other")
+    restore(settings, tmp_path / "backup")
+    assert (settings.spool_dir / "cases" / "a.nii.gz").read_bytes() == b"approved"
+
+
+def test_what_the_retention_has_purged_is_not_missed(node: SmallNode, tmp_path: Path) -> None:
+    with node.records.write() as session:
+        job = session.scalars(select(Job).where(Job.state == JobState.SUCCEEDED)).one()
+        (result,) = job.results
+        node.spool.absolute(result.path).unlink()
+    assert result.path in back_up(node.settings, tmp_path / "before").missing
+    with node.records.write() as session:
+        session.add(Purge(job_id=job.job_id, purged_at=node.records.now()))
+    assert result.path not in back_up(node.settings, tmp_path / "after").missing
 
 
 def test_a_backup_of_an_older_release_is_upgraded(node: SmallNode, tmp_path: Path) -> None:
