@@ -70,8 +70,8 @@ class RunState:
             ) from error
         if state["recipe_digest"] != recipe_digest:
             raise RecipeError(
-                f"The run in {folder} was begun with another recipe.",
-                remedy="Choose another output folder, or go back to the recipe that it was begun with.",
+                f"The run in {folder} was begun with another recipe or start.",
+                remedy="Choose another output folder, or go back to what it was begun with.",
             )
         self.lesson.load_state_dict(state["lesson"])
         self.average.network.load_state_dict(state["average"])

@@ -7,6 +7,7 @@ Described by a YAML file beside the recipes:
     labels: ../results/hippocampus/labels.yaml
     recipes: [hippocampus-none-1of4.yaml, hippocampus-dcd-1of4.yaml]
     seeds: [1]
+    starts: {1/4: ../results/hippocampus-baseline/student}
     ships:
       - {width: 1/4, name: hippocampus, version: 0.2.0}
 
@@ -33,26 +34,34 @@ def _width(value: Any) -> Fraction:
     return Fraction(str(value))
 
 
+Width = Annotated[Fraction, BeforeValidator(_width)]
+
+
 class Ship(BaseModel):
     """The best student of a width leaves the study as this bundle."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    width: Annotated[Fraction, BeforeValidator(_width)]
+    width: Width
     name: str
     version: str
 
 
 class StudyDescription(BaseModel):
-    """The YAML file. Paths are relative to it. ``training`` replaces settings of every recipe alike."""
+    """The YAML file. Paths are relative to it.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    ``starts``: for a width, the results folder of a student that every run of this width starts from.
+    ``training`` replaces settings of every recipe alike.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     name: str
     split: Path
     labels: Path
     recipes: tuple[Path, ...]
     seeds: tuple[int, ...] = (1,)
+    starts: dict[Width, Path] = {}
     training: dict[str, Any] = {}
     ships: tuple[Ship, ...] = ()
     pictured_cases: tuple[str, ...] = ()
@@ -97,6 +106,11 @@ class Study:
     @property
     def labels(self) -> Path:
         return self.folder / self.description.labels
+
+    def start_of(self, run: Run) -> Path | None:
+        """The trained student that a run starts from; None where chance draws its weights."""
+        relative = self.description.starts.get(run.width)
+        return None if relative is None else self.folder / relative
 
     def baseline_of(self, run: Run) -> Run | None:
         """The run without distillation of the same width and seed, which a gain is measured from."""
@@ -150,6 +164,9 @@ def _check(description: StudyDescription, runs: list[Run]) -> None:
     for ship in description.ships:
         if all(run.width != ship.width for run in runs):
             raise RecipeError(f"No run of the study has the width {ship.width} of {ship.name!r}.")
+    for width in description.starts:
+        if all(run.width != width for run in runs):
+            raise RecipeError(f"No run of the study has the width {width} that 'starts' names.")
 
 
 def best_run(runs: list[Run], choose: dict[str, Evaluation]) -> Run:

@@ -92,9 +92,11 @@ class StudyFolder:
         folder = self.work / "runs" / run.key
         finished = sorted(folder.glob("results/*/*/fold_0/checkpoint_final.pth"))
         if not finished:
+            start = self.study.start_of(run)
             self._segnode_train(
                 "distill", self.teacher, self.data, "--recipe", self._recipe_file(run), "--seed", run.seed,
-                "--split", self.study.split, "--device", self.device, "-o", folder,
+                "--split", self.study.split, "--device", self.device,
+                *(() if start is None else ("--start-from", start)), "-o", folder,
             )  # fmt: skip
             finished = sorted(folder.glob("results/*/*/fold_0/checkpoint_final.pth"))
         if len(finished) != 1:
@@ -266,11 +268,11 @@ class StudyFolder:
             return f" in float32 alone, because INT8 did not pass its gate ({refused.read_text().strip()})"
         return " in float32 and INT8"
 
-    @staticmethod
-    def _method(run: Run) -> str:
+    def _method(self, run: Run) -> str:
+        how = f"distilled from the teacher by {run.recipe.method}, beside nnU-Net's own loss"
         if not run.recipe.distillation:
-            return "nnU-Net's loss alone, nothing distilled"
-        return f"distilled from the teacher by {run.recipe.method}, beside nnU-Net's own loss"
+            how = "nnU-Net's loss alone, nothing distilled"
+        return how if self.study.start_of(run) is None else f"{how}, going on from an earlier student"
 
     def _images(self) -> Path:
         """The folder of the training images. Raises TrainingDataError if there is none."""

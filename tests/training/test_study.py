@@ -24,6 +24,7 @@ from training.evaluate import CaseResult, Evaluation
 from training.metrics import Agreement
 from training.report import write_report
 from training.study import best_run, load_study
+from training.teacher import ResultsFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -82,6 +83,7 @@ def test_a_study_whose_runs_differ_in_their_budget_is_refused(tmp_path: Path) ->
         ),
         ({"sedes": [1]}, "sedes"),
         ({"recipes": ["nowhere.yaml"]}, "nowhere.yaml cannot be read"),
+        ({"starts": {"1/8": "start"}}, "No run of the study has the width 1/8 that 'starts' names"),
         ({"ships": [{"width": "wide", "name": "x", "version": "1.0.0"}]}, "not understood"),
     ],
 )
@@ -152,7 +154,9 @@ def test_the_whole_study_and_that_it_goes_on_where_it_was(
         ],
     }  # fmt: skip
     (tmp_path / "labels.yaml").write_text(yaml.safe_dump(labels))
-    path = write_study(tmp_path, pictured_cases=SPLIT["val"][:1])
+    half = reference_model(architecture=PLAIN, features=(4, 8, 8), n_labels=2, patch_size=(16, 16, 16))
+    start = write_results_folder(tmp_path / "start", half)
+    path = write_study(tmp_path, pictured_cases=SPLIT["val"][:1], starts={"1/2": "start"})
     taught = yaml.safe_load((tmp_path / "none-1of2.yaml").read_text()) | {
         "name": "teacher",
         "student": {"width": 1},
@@ -188,6 +192,9 @@ def test_the_whole_study_and_that_it_goes_on_where_it_was(
     assert f"{figures.dice['float32']['one']:.4f}" in (shipped.folder / "card.md").read_text()
     check_golden_case(shipped)
     assert "ships as balls-half 0.3.0" in report
+    told_of = list((tmp_path / "work" / "runs").glob("*/results/*/*/distillation.json"))
+    starts = {json.loads(path.read_text())["start_digest"] for path in told_of}
+    assert (len(told_of), starts) == (2, {ResultsFolder.open(start).digest})
     assert "| logits-1of2, seed 1 | none-1of2, seed 1 |" in report
     assert (tmp_path / "results" / "commands.log").read_text().count("segnode-train distill") == 2
     assert {p.name for p in (tmp_path / "results").glob("*.log.jsonl")} == {
