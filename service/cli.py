@@ -74,6 +74,15 @@ def main() -> None:
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stderr.close()
         sys.exit(EXIT_ERROR)
+    except Exception as error:
+        from service.records.outage import outage_of, reason_of
+
+        outage = outage_of(error)
+        if outage is None:
+            raise
+        reason = reason_of(error)
+        show_error(outage.code, f"{outage.message} {reason}".strip(), outage.remedy)
+        sys.exit(EXIT_ERROR)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from models.registry import Registry
 from models.resources import available_memory_bytes, usable_cores
 from models.runtimes import available_runtimes, choose_runtime
 from service.diagnosis import Finding, ok, problem, warning
+from service.errors import SettingsError
 from service.mounts import NETWORK_FILE_SYSTEMS, mount_of
 from service.records.database import LARGEST_CLOCK_OFFSET, Records
 from service.records.migrate import current_revision, head_revision
+from service.records.outage import reason_of
 from service.routes import Route
 from service.settings import GIB, Destination, Settings
 from service.shared_folder import probe_shared_folder
@@ -178,9 +180,13 @@ def check_database(settings: Settings) -> Iterator[Finding]:
     except (SQLAlchemyError, OSError) as error:
         yield problem(
             "database",
-            f"{url.render_as_string(hide_password=True)} does not answer ({type(error).__name__}).",
+            f"{url.render_as_string(hide_password=True)} does not answer "
+            f"({reason_of(error) or type(error).__name__}).",
             "Check database_url, the server, and the user's rights.",
         )
+        return
+    except SettingsError as error:
+        yield problem("database", error.message, error.remedy)
         return
     if not is_sqlite(settings):
         yield check_clock(settings)

@@ -24,7 +24,7 @@ from service.errors import StorageFullError
 from service.logs import get_logger
 from service.metrics import is_usable, render_metrics
 from service.records.database import Records
-from service.records.tables import Role
+from service.records.tables import Job, Role
 from service.spool import Spool
 
 router = APIRouter(tags=["health"])
@@ -55,7 +55,7 @@ def read_readiness(state: State, response: Response) -> Readiness:
 def _records_ready(records: Records) -> bool:
     try:
         with records.read() as session:
-            session.execute(select(1))
+            session.execute(select(Job.job_id).limit(1))  # that there are tables, too
     except SQLAlchemyError as error:
         log.error("readiness.records", exc_info=error)
         return False

@@ -9,8 +9,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.problem import ProblemError, problem_response, unexpected_problem
+from service.api.problem import ProblemError, problem_of, problem_response, unexpected_problem
 from service.logs import get_logger
+from service.records.outage import outage_of
 from service.settings import HttpSettings
 
 SMALL_BODY_BYTES = 64 << 10
@@ -53,9 +54,11 @@ class Boundary:
         except ClientDisconnect:
             log.info("http.client_gone")
         except Exception as error:
-            log.error("http.unexpected", exc_info=error)
+            outage = outage_of(error)
+            log.error("http.unexpected" if outage is None else "http.records_unavailable", exc_info=error)
             if not started:
-                await problem_response(unexpected_problem())(scope, receive, send)
+                problem = unexpected_problem() if outage is None else problem_of(outage)
+                await problem_response(problem)(scope, receive, send)
 
 
 class SecurityHeaders:

@@ -13,8 +13,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from models.errors import (
@@ -31,6 +29,7 @@ from models.errors import (
 )
 from service.errors import ConflictError, NotFoundError, StorageFullError
 from service.logs import get_logger
+from service.records.outage import RecordsUnavailableError
 from service.uploads import UploadTooLargeError
 
 MEDIA_TYPE = "application/problem+json"
@@ -52,6 +51,7 @@ _STATUS: dict[type[SegnodeError], HTTPStatus] = {
     BundleError: HTTPStatus.UNPROCESSABLE_ENTITY,
     UnsupportedModelError: HTTPStatus.UNPROCESSABLE_ENTITY,
     RegistryBusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    RecordsUnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
     OutOfMemoryError: HTTPStatus.SERVICE_UNAVAILABLE,
     StorageFullError: HTTPStatus.INSUFFICIENT_STORAGE,
 }
@@ -169,8 +169,6 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(SegnodeError, _product_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(OperationalError, _database_unavailable)
-    app.add_exception_handler(PoolTimeoutError, _database_unavailable)
 
 
 def _product_error(_request: Request, error: Exception) -> JSONResponse:
@@ -213,19 +211,5 @@ def _invalid_request(_request: Request, error: Exception) -> JSONResponse:
         + ".",
         remedy="Correct them; the interface is described at /api/v1/openapi.json.",
         errors=errors,
-    )
-    return problem_response(problem)
-
-
-def _database_unavailable(_request: Request, error: Exception) -> JSONResponse:
-    log.error("http.records_unavailable", exc_info=error)
-    status = HTTPStatus.SERVICE_UNAVAILABLE
-    problem = Problem(
-        title=status.phrase,
-        status=status.value,
-        code="RECORDS_UNAVAILABLE",
-        detail="The node's records cannot be reached now.",
-        remedy="Try again later; whoever runs the node finds the reason in its log.",
-        retryable=True,
     )
     return problem_response(problem)

@@ -34,11 +34,14 @@ def serve(config: Config = None) -> None:
     from service.lifetime import stop_on_signals
     from service.logs import configure_logging
     from service.node import open_node, seed_models
+    from service.records.outage import wait_for_records
     from service.serve import Supervisor, node_programs, only_one, write_ports
 
     settings = load(config)
     configure_logging(settings.log_level, component="serve")
     stop = stop_on_signals()
+    if not wait_for_records(settings.records_url, stop):
+        return
     with open_node(settings) as node, only_one(settings.data_dir):
         for bundle in seed_models(node.registry):
             note(f"Installed {bundle.manifest.name} {bundle.manifest.version}, which ships with segnode.")
@@ -91,6 +94,7 @@ def _run(name: str, config: Path | None, supervised: bool) -> None:
     from service.lifetime import announce, stop_on_end_of, stop_on_signals
     from service.logs import configure_logging, get_logger
     from service.node import open_node
+    from service.records.outage import wait_for_records
 
     settings = load(config)
     configure_logging(settings.log_level, component=name)
@@ -103,6 +107,8 @@ def _run(name: str, config: Path | None, supervised: bool) -> None:
         if supervised:
             announce(name, port)
 
+    if not wait_for_records(settings.records_url, stop):
+        return
     with open_node(settings) as node:
         COMPONENTS[name](node, stop, listening)
 

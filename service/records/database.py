@@ -144,7 +144,7 @@ def _ring_nothing() -> None:
 
 def _postgresql_engine(url: str) -> Engine:
     try:
-        return create_engine(
+        engine = create_engine(
             url,
             pool_pre_ping=True,  # a server that was started again is not an error
             connect_args={"options": _SESSION_OPTIONS, "connect_timeout": _CONNECT_TIMEOUT_S},
@@ -154,6 +154,19 @@ def _postgresql_engine(url: str) -> Engine:
             f"database_url names a database that cannot be used here ({type(error).__name__}).",
             remedy="Write it as postgresql+psycopg://USER@HOST/NAME, and install segnode[postgresql].",
         ) from error
+    # Before SQLAlchemy itself asks anything: of a database without an encoding it gets bytes for text.
+    event.listen(engine, "connect", _require_unicode, insert=True)
+    return engine
+
+
+def _require_unicode(connection: Any, _record: Any) -> None:
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        connection.close()
+        raise SettingsError(
+            f"The database is encoded in {encoding}; the records need UTF8.",
+            remedy="Make a new one: CREATE DATABASE segnode TEMPLATE template0 ENCODING 'UTF8'.",
+        )
 
 
 def _sqlite_engine(url: str) -> Engine:

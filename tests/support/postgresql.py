@@ -100,12 +100,16 @@ class PostgresServer:
         self._empty(make_url(url).database or "")
         self._clean.append(url)
 
-    def new_database(self) -> str:
+    def new_database(self, *, encoding: str | None = None) -> str:
         """Make a database without tables; its URL."""
         self._databases += 1
         name = f"node{self._databases}"
+        command = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
+        if encoding is not None:
+            options = sql.SQL(" TEMPLATE template0 LOCALE_PROVIDER libc LOCALE 'C' ENCODING {}")
+            command += options.format(sql.Literal(encoding))
         with self._connect("postgres") as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            connection.execute(command)
         return f"postgresql+psycopg://segnode@/{name}?host={self.folder}"
 
     def _empty(self, database: str) -> None:
