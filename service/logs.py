@@ -92,7 +92,7 @@ def configure_logging(
         structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # One list for good: loggers that have been used hold on to it, and what is configured anew holds for them.
+    # One list for good: loggers that have been used hold on to it, and take what is configured anew.
     processors = structlog.get_config()["processors"] if structlog.is_configured() else []
     processors[:] = [
         structlog.stdlib.filter_by_level,
