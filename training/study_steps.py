@@ -78,6 +78,9 @@ class StudyFolder:
         trained = {run.key: self.train(run) for run in self.study.runs}
         self.export("teacher", self.teacher, "nnU-Net's own training", None)
         self.evaluate("teacher", CLAIM)
+        for key, start in self._starts().items():
+            self.export(key, start, "an earlier student, from which the runs of this width start", None)
+            self.evaluate(key, CLAIM)
         for run in self.study.runs:
             self.export(run.key, trained[run.key], self._method(run), run.recipe_path.name)
             for cases in (CHOOSE, CLAIM):
@@ -107,7 +110,7 @@ class StudyFolder:
         """The float32 bundle of a results folder, without figures as yet."""
         output = self.work / "bundles" / key
         if not output.is_dir():
-            teacher = () if results == self.teacher else ("--teacher", self.teacher, "--recipe", recipe)
+            teacher = () if recipe is None else ("--teacher", self.teacher, "--recipe", recipe)
             self._segnode_train(
                 "export", results, "--name", self.study.description.name, "--golden-image", self.golden_image,
                 "--labels-file", self.study.labels, "--training-images", self._images(), "--method", method,
@@ -170,6 +173,15 @@ class StudyFolder:
                 "labelmaps": str(self._labelmaps("teacher").resolve()),
             }
         ]
+        for key, start in self._starts().items():
+            lines.append(
+                {
+                    "name": key,
+                    "results": str(start.resolve()),
+                    "evaluations": self._evaluations(key),
+                    "labelmaps": str(self._labelmaps(key).resolve()),
+                }
+            )
         for run in self.study.runs:
             baseline = self.study.baseline_of(run)
             line = {
@@ -267,6 +279,14 @@ class StudyFolder:
         if refused.is_file():
             return f" in float32 alone, because INT8 did not pass its gate ({refused.read_text().strip()})"
         return " in float32 and INT8"
+
+    def _starts(self) -> dict[str, Path]:
+        """The students that runs start from, by their names in files and tables."""
+        starts = self.study.description.starts
+        return {
+            f"start-{width.numerator}of{width.denominator}": self.study.folder / path
+            for width, path in starts.items()
+        }
 
     def _method(self, run: Run) -> str:
         how = f"distilled from the teacher by {run.recipe.method}, beside nnU-Net's own loss"

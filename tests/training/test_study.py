@@ -192,6 +192,7 @@ def test_the_whole_study_and_that_it_goes_on_where_it_was(
     assert f"{figures.dice['float32']['one']:.4f}" in (shipped.folder / "card.md").read_text()
     check_golden_case(shipped)
     assert "ships as balls-half 0.3.0" in report
+    assert "| start-1of2 |" in report
     told_of = list((tmp_path / "work" / "runs").glob("*/results/*/*/distillation.json"))
     starts = {json.loads(path.read_text())["start_digest"] for path in told_of}
     assert (len(told_of), starts) == (2, {ResultsFolder.open(start).digest})

@@ -6,14 +6,16 @@
 #   WORK_FOLDER  where everything goes; a run that was stopped goes on from its last epoch
 #   SPACING      2mm (a CPU can do it; the default) or 1mm (a GPU)
 #   RECIPE       which runs: by default the student without a teacher whose channels are multiples of 16 at
-#                2 mm, and at 1 mm the teacher and its students
+#                2 mm, which starts from one at 4 mm, and at 1 mm the teacher and its students
+# START=FOLDER goes on from a trained student: START=training/results/brain-structures/student reproduce.sh
+# MAPS SCANS WORK_FOLDER 2mm brain-none-1of4by16-2mm is the shipped student with ten times its budget.
 # CHECKPOINT=best makes the bundle of the best epoch so far (while a run goes on, too: TRAIN=no).
 # Run it in the root of a checkout with its environment active.
 set -eu
 maps=$1 scans=$2 work=$3 spacing=${4:-2mm}
 [ $# -gt 4 ] && shift 4 || set -- $([ "$spacing" = 1mm ] &&
     echo brain-teacher-1mm brain-none-1of4-1mm brain-logits-1of4-1mm brain-dcd-1of4-1mm brain-dcd-logits-1of4-1mm ||
-    echo brain-none-1of4by16-2mm)
+    echo brain-none-1of4by16-2mm-short)
 here=training/results/brain-structures
 split=training/results/brain-split.json
 checkpoint=${CHECKPOINT:-final}
@@ -29,8 +31,16 @@ for recipe in "$@"; do
     from=$plans
     case $recipe in *logits*|*dcd*) from=$(found "$teacher") ;; esac
     if [ "${TRAIN:-yes}" = yes ]; then
+        start=${START:-}
+        if [ "$recipe" = brain-none-1of4by16-2mm-short ] && [ -z "$start" ]; then
+            coarse=brain-none-1of4by16-4mm
+            python -m training.synthesis.plans 4mm "$work/plans-4mm"
+            segnode-train distill "$work/plans-4mm" "$maps" --recipe "training/recipes/$coarse.yaml" \
+                --split "$split" -o "$work/$coarse"
+            start=$(found "$work/$coarse")
+        fi
         segnode-train distill "$from" "$maps" --recipe "training/recipes/$recipe.yaml" --split "$split" \
-            -o "$work/$recipe"
+            ${start:+--start-from "$start"} -o "$work/$recipe"
     fi
     bundle=$work/bundles/$recipe
     rm -rf "$bundle"
