@@ -35,7 +35,7 @@ from service.inference import InferenceProcess
 from service.logs import get_logger
 from service.orders import order_of_job
 from service.protocol import Failed, OpenModel, Refused, Succeeded
-from service.records.database import Records, utc_now
+from service.records.database import Records
 from service.records.events import record_event
 from service.records.fleet import live_workers, note_need
 from service.records.jobs import bind_model, fail_attempt, refuse_job, release_job, renew_lease, succeed_job
@@ -228,7 +228,7 @@ class JobRunner:
         return Outcome(results, answer.runtime, answer.precision, summary)
 
     def _succeed(self, session: Session, claim: _Claim, outcome: Outcome, bundle: Bundle) -> None:
-        now = utc_now()
+        now = self._records.now()
         profile_keys = self._settings.profile_keys
         succeed_job(session, claim.job_id, claim.attempt, outcome, now=now, profile_keys=profile_keys)
         cancel_refusal_deliveries(session, claim.job_id, now=now)
@@ -244,7 +244,7 @@ class JobRunner:
 
     def _refuse(self, claim: _Claim, refusal: Refusal) -> None:
         def refuse(session: Session) -> None:
-            now = utc_now()
+            now = self._records.now()
             code = refusal.reason.value
             refuse_job(
                 session,
@@ -263,7 +263,7 @@ class JobRunner:
         """Count a failure. What trying again cannot help fails at once, and so does the last try."""
 
         def fail(session: Session) -> None:
-            now = utc_now()
+            now = self._records.now()
             state = fail_attempt(
                 session,
                 claim.job_id,

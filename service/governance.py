@@ -9,7 +9,7 @@ from sqlalchemy import exists, or_, select
 from models.registry import Registry
 from service.gate_runs import GateRunner
 from service.probation import Probation
-from service.records.database import Records, utc_now
+from service.records.database import Records
 from service.records.tables import Job, JobState
 from service.settings import Settings
 from service.shadow import ShadowRunner
@@ -45,7 +45,7 @@ class Governance:
                 return True
         except StoppingError:
             return False
-        return self._gates.is_overdue(utc_now()) and self._gates.run_one(stop)
+        return self._gates.is_overdue(self._records.now()) and self._gates.run_one(stop)
 
     def when_idle(self, stop: Stop) -> bool:
         """Run a gate, or compare a study in shadow mode; both make way for a job that comes in."""
@@ -71,6 +71,6 @@ class MakingWay:
 
 
 def _is_any_job_due(records: Records) -> bool:
-    due = or_(Job.not_before.is_(None), Job.not_before <= utc_now())
+    due = or_(Job.not_before.is_(None), Job.not_before <= records.now())
     with records.read() as session:
         return bool(session.scalar(select(exists().where(Job.state == JobState.QUEUED, due))))

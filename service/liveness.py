@@ -13,15 +13,19 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from service.dicom.contexts import verification_context
+from service.dicom.incoming import close_connection
+from service.dicom.secure_connection import secure
 from service.records.database import Records
 from service.records.fleet import DEAD_AFTER_S, live_workers
 from service.settings import Settings
+from service.tls import DeferredContext, load_certificate
 
 _TIMEOUT_S = 5.0
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -39,7 +43,6 @@ def check_worker(settings: Settings, host: str | None = None) -> Liveness:
     """Whether a worker on this host has looked for jobs a moment ago, or is at work on one."""
     records = Records(settings.records_url)
     try:
-        records.compare_clocks()
         with records.read() as session:
             return judge_workers(
                 session,
@@ -73,12 +76,13 @@ def check_api(settings: Settings) -> Liveness:
     http = settings.http
     host = _ANY_ADDRESS.get(http.host, http.host)
     scheme = "https" if http.tls_certificate is not None else "http"
-    context = ssl.create_default_context()
-    context.check_hostname = False  # it is asked by its address, and only whether it answers
-    context.verify_mode = ssl.CERT_NONE
+    # Not over a proxy that the environment names for the way out.
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=_trusting_context())
+    )
     address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{http.port}/healthz"
     try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT_S, context=context) as answer:
+        with opener.open(address, timeout=_TIMEOUT_S) as answer:
             return Liveness(answer.status == 200, f"{address} answers {answer.status}.")
     except urllib.error.HTTPError as error:
         return Liveness(False, f"{address} answers {error.code}.")
@@ -87,17 +91,64 @@ def check_api(settings: Settings) -> Liveness:
 
 
 def check_receive(settings: Settings) -> Liveness:
-    """Whether the DICOM listener answers an association on this host, be it by turning it away."""
+    """Whether the DICOM listener answers an association on this host, be it by turning it away.
+
+    It calls by the node's own AE title, from this host: the receiver knows by that who asks. Where peers must
+    show a certificate, the node shows its own; one that is not good for that is turned away, which is an
+    answer too.
+    """
     dicom = settings.dicom
     host = _ANY_ADDRESS.get(dicom.host, dicom.host)
+    context = None
+    if dicom.tls is not None:
+        context = _trusting_context()
+        load_certificate(context, dicom.tls.certificate, dicom.tls.key)
     entity = AE(ae_title=dicom.ae_title)
     entity.requested_contexts = [verification_context()]
     entity.connection_timeout = entity.acse_timeout = entity.dimse_timeout = _TIMEOUT_S
-    association = entity.associate(host, dicom.port, ae_title=dicom.ae_title)
+    association = entity.associate(
+        host,
+        dicom.port,
+        ae_title=dicom.ae_title,
+        tls_args=None if context is None else (DeferredContext(context), host),
+        evt_handlers=[(evt.EVT_CONN_OPEN, _shake_hands), (evt.EVT_CONN_CLOSE, close_connection)],
+    )
     answered = association.is_established or association.is_rejected
     if association.is_established:
         association.release()
+    if not answered and context is not None:
+        answered = _answers_tls(host, dicom.port, context)
     return Liveness(answered, f"{host}:{dicom.port} {'answers' if answered else 'does not answer'}.")
+
+
+def _shake_hands(event: Any) -> None:
+    if isinstance(event.assoc.dul.socket.socket, ssl.SSLSocket):
+        secure(event.assoc, _TIMEOUT_S)
+
+
+def _answers_tls(host: str, port: int, context: ssl.SSLContext) -> bool:
+    """Whether somebody shakes hands, or says why not."""
+    try:
+        with (
+            socket.create_connection((host, port), _TIMEOUT_S) as connection,
+            context.wrap_socket(connection, do_handshake_on_connect=False) as secured,
+        ):
+            secured.do_handshake()
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        return False
+    except ssl.SSLError:
+        return True  # about our certificate
+    except OSError:
+        return False
+    return True
+
+
+def _trusting_context() -> ssl.SSLContext:
+    """For a listener of this host that is asked by its address, and only whether it answers."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 LIVENESS: dict[str, Callable[[Settings], Liveness]] = {

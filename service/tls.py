@@ -80,7 +80,7 @@ def server_context(certificate: Path, key: Path, trusted: Path | None) -> ssl.SS
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _restrict(context)
-    _load(context, certificate, key)
+    load_certificate(context, certificate, key)
     if trusted is not None:
         _trust(context, trusted)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -99,7 +99,7 @@ def client_context(trusted: Path, certificate: Path | None = None, key: Path | N
     _restrict(context)
     _trust(context, trusted)
     if certificate is not None and key is not None:
-        _load(context, certificate, key)
+        load_certificate(context, certificate, key)
     return context
 
 
@@ -224,7 +224,8 @@ def _restrict(context: ssl.SSLContext) -> None:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
 
 
-def _load(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Have connections show a certificate. Raises TlsError."""
     read_certificates(certificate)
     check_key(certificate, key)
     try:

@@ -28,7 +28,7 @@ from service.errors import StorageFullError
 from service.governance import Governance
 from service.lease import LeaseOwner, is_proven_dead
 from service.logs import get_logger
-from service.records.database import LARGEST_CLOCK_OFFSET, Records, utc_now
+from service.records.database import LARGEST_CLOCK_OFFSET, Records
 from service.records.events import record_event
 from service.records.fleet import beat, sign_off
 from service.records.jobs import claim_job, reap_lapsed_jobs
@@ -42,7 +42,7 @@ from service.spool import Spool
 _ACTOR = "worker"
 _PAUSE_AFTER_ERROR_S = 5.0
 _BEAT_EVERY_S = 10.0
-_COMPARE_CLOCKS_EVERY_S = 60.0
+_TELL_OF_CLOCKS_EVERY_S = 60.0
 _STOP_NOTICED_WITHIN_S = 0.2
 
 log = get_logger(__name__)
@@ -99,7 +99,7 @@ class Worker:
         self._disk_is_full = False
         self._bell = bell
         self._memory_bytes = self._settings.memory_bytes or available_memory_bytes()
-        self._beat_at = self._clocks_compared_at = float("-inf")
+        self._beat_at = self._clocks_told_at = float("-inf")
         self._at_models_since: float | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -198,25 +198,26 @@ class Worker:
             )
         self._beat_at = time.monotonic()
 
-    def _compare_clocks(self) -> None:
-        """Ask the database for its time now and then, since leases go by it; a wrong clock is said."""
-        if time.monotonic() - self._clocks_compared_at < _COMPARE_CLOCKS_EVERY_S:
+    def _tell_of_clocks(self) -> None:
+        """Say now and then that this host's clock is wrong; leases go by the database's."""
+        if time.monotonic() - self._clocks_told_at < _TELL_OF_CLOCKS_EVERY_S:
             return
         offset = self._records.compare_clocks()
-        self._clocks_compared_at = time.monotonic()
+        self._clocks_told_at = time.monotonic()
         if abs(offset) > LARGEST_CLOCK_OFFSET:
             log.warning("worker.clock_differs", by_s=round(offset.total_seconds(), 1))
 
     def _keep_house(self) -> bool:
-        self._compare_clocks()
+        self._tell_of_clocks()
         since = self._at_models_since
         if since is not None and time.monotonic() - since < self._settings.job_deadline_s:
             self._beat()
         self.reap(self._records.now())
-        jobs = self._completeness.sweep(utc_now())
-        self._governance.probation.sweep(utc_now())
-        self._retention.sweep(utc_now())
-        return jobs + self._refusals.sweep(utc_now()) > 0
+        now = self._records.now()
+        jobs = self._completeness.sweep(now)
+        self._governance.probation.sweep(now)
+        self._retention.sweep(now)
+        return jobs + self._refusals.sweep(now) > 0
 
     def _deliver(self) -> bool:
         return self._deliverer.run_once(self._records.now()) or self._committer.run_once(self._records.now())
@@ -232,7 +233,12 @@ class Worker:
                 with self._records.write() as session:
                     detail = {"code": error.code}
                     record_event(
-                        session, "worker.disk_full", actor=_ACTOR, at=utc_now(), alert=True, detail=detail
+                        session,
+                        "worker.disk_full",
+                        actor=_ACTOR,
+                        at=self._records.now(),
+                        alert=True,
+                        detail=detail,
                     )
             return False
         self._disk_is_full = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from service.errors import StorageFullError
 from service.settings import DicomSettings, Peer
@@ -71,15 +71,25 @@ class Admission:
         peers = self._peers.get(calling_ae_title)
         if peers is None:
             return None if self._settings.allow_unknown_peers else CALLING_AE_TITLE_UNKNOWN
-        caller = ip_address(address.split("%")[0])  # without the zone of a link-local address
-        if isinstance(caller, IPv6Address) and caller.ipv4_mapped is not None:
-            caller = caller.ipv4_mapped
+        caller = _address(address)
         here = [peer for networks, peer in peers if any(caller in network for network in networks)]
         if not here:
             return ADDRESS_UNKNOWN
         if not any(_shows_its_own(peer, certificate) for peer in here):
             return CERTIFICATE_UNKNOWN
         return None
+
+
+def is_loopback(address: str) -> bool:
+    """True if a connection came from this host."""
+    return _address(address).is_loopback
+
+
+def _address(text: str) -> IPv4Address | IPv6Address:
+    address = ip_address(text.split("%")[0])  # without the zone of a link-local address
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
 
 
 def _shows_its_own(peer: Peer, certificate: PeerCertificate | None) -> bool:

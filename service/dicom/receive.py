@@ -25,6 +25,7 @@ from service.dicom.admission import (
     STORAGE_FULL,
     Admission,
     Rejection,
+    is_loopback,
 )
 from service.dicom.commitment import answer_report, commitment_contexts
 from service.dicom.contexts import (
@@ -177,7 +178,7 @@ class Receiver:
                     "association_rejected",
                     actor="",  # nobody has said a name yet
                     at=utc_now(),
-                    alert=True,
+                    alert=not is_loopback(address),  # the health check's certificate may not do
                     outcome="refused",
                     origin=address,
                     detail={"reason": "tls-failed", "tls": failure, "peer_address": address},
@@ -216,8 +217,10 @@ class Receiver:
             calling_ae_title=calling_ae_title,
             peer_address=address,
         )
-        if rejection is STORAGE_FULL or not self._throttle.passes((rejection, calling_ae_title, address)):
+        if rejection is STORAGE_FULL or self._is_health_check(calling_ae_title, address):
             return  # on a full disk a row would only take more of it
+        if not self._throttle.passes((rejection, calling_ae_title, address)):
+            return
         with self._records.write() as session:
             record_event(
                 session,
@@ -229,6 +232,10 @@ class Receiver:
                 origin=address,
                 detail={"reason": rejection.word, "peer_address": address},
             )
+
+    def _is_health_check(self, calling_ae_title: str, address: str) -> bool:
+        """True if this node itself asks whether it listens: see :func:`service.liveness.check_receive`."""
+        return calling_ae_title.strip() == self._settings.ae_title and is_loopback(address)
 
     # --- Objects
 
@@ -285,7 +292,7 @@ class Receiver:
             calling_ae_title=event.assoc.requestor.ae_title,
             called_ae_title=event.assoc.acceptor.ae_title,
             peer_address=event.assoc.requestor.address,
-            received_at=utc_now(),
+            received_at=self._records.now(),
         )
         self._spool.adopt(incoming.path, path)
         try:

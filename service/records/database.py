@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -10,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, CursorResult, Engine, Executable, create_engine, event, func, select, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from service.errors import SettingsError
@@ -24,6 +25,7 @@ _SESSION_OPTIONS = (
     "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 )
 _CONNECT_TIMEOUT_S = 10
+_COMPARE_CLOCKS_EVERY_S = 60.0
 LARGEST_CLOCK_OFFSET = timedelta(seconds=2)
 """By how much a host's clock may differ from the database server's before somebody is told."""
 _WORK = "segnode work"
@@ -83,7 +85,8 @@ class Records:
             self._reader = self._engine.execution_options(
                 isolation_level="REPEATABLE READ", postgresql_readonly=True
             )
-        self._clock_offset = timedelta()
+        self._clock_offset: timedelta | None = timedelta() if self.is_sqlite else None
+        self._clocks_compared_at = float("-inf")
         self.ring: Callable[[], None] = _ring_nothing
         """Called after every transaction that has put something into a queue. It must return at once."""
 
@@ -115,23 +118,33 @@ class Records:
             yield session
 
     def now(self) -> datetime:
-        """The present time by the clock that every worker of these records shares, UTC and naive.
+        """The present time by the clock that every host of these records shares, UTC and naive.
 
-        Leases compare times that different hosts have written. On PostgreSQL this is therefore the server's
-        clock, as :meth:`compare_clocks` last saw it; on SQLite there is one host, and its own.
+        Leases, beats and quiet times compare times that different hosts have written. On PostgreSQL this is
+        therefore the server's clock, which is asked for its time at first and then once a minute; on SQLite
+        there is one host, and its own. A server that is away just now is taken to go on as it went.
         """
+        if not self.is_sqlite and time.monotonic() - self._clocks_compared_at > _COMPARE_CLOCKS_EVERY_S:
+            try:
+                self.compare_clocks()
+            except SQLAlchemyError:
+                if self._clock_offset is None:
+                    raise
+        assert self._clock_offset is not None
         return utc_now() + self._clock_offset
 
     def compare_clocks(self) -> timedelta:
         """Ask the server for its time. Returns by how much its clock is before this host's."""
-        if not self.is_sqlite:
-            began = utc_now()
-            with self._reader.connect() as connection:
-                theirs: datetime = connection.execute(
-                    select(text("timezone('UTC', clock_timestamp())"))
-                ).scalar_one()
-            ended = utc_now()
-            self._clock_offset = theirs - (began + (ended - began) / 2)
+        if self.is_sqlite:
+            return timedelta()
+        began = utc_now()
+        with self._reader.connect() as connection:
+            theirs: datetime = connection.execute(
+                select(text("timezone('UTC', clock_timestamp())"))
+            ).scalar_one()
+        ended = utc_now()
+        self._clock_offset = theirs - (began + (ended - began) / 2)
+        self._clocks_compared_at = time.monotonic()
         return self._clock_offset
 
     def close(self) -> None:
