@@ -31,21 +31,25 @@ from training.environment import configure_nnunet, seed_everything
 from training.errors import RecipeError, TrainingDataError
 from training.hardware import barrier, device_of, join_process_group, place, precision_of
 from training.lesson import Lesson, Teacher, encode_decode, labels_of
-from training.preprocess import Split, TrainingCases, prepare_dataset, write_json
+from training.preprocess import Split, TrainingCases, prepare_dataset
 from training.recipe import Recipe, TrainingRecipe
 from training.run_log import RunLog
-from training.run_state import RunState, nnunet_checkpoint, save_atomically
+from training.run_state import RunState
 from training.start import start_from
 from training.student import build_network, scaled_plans
+from training.student_folder import (
+    BEST_CHECKPOINT,
+    FINAL_CHECKPOINT,
+    describe_results,
+    write_checkpoint,
+    write_results_folder,
+)
 from training.synthesis.label_maps import LabelMapFolder
 from training.synthesis.source import SyntheticToolbox
 from training.teacher import ResultsFolder
 from training.toolbox import Batch, Toolbox, dice_of, seed_iteration
 
 log = logging.getLogger(__name__)
-
-FINAL_CHECKPOINT = "checkpoint_final.pth"
-BEST_CHECKPOINT = "checkpoint_best.pth"
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ def distill(
             method.prepare(frozen.networks[0], images, lesson.activation)
         barrier(world)
     if rank == 0:
-        _describe_results(folder, teacher, plans)
+        describe_results(folder, teacher, plans)
     run_log = RunLog(folder, resumed_epoch=state.epoch if resumed else 0) if rank == 0 else None
 
     for epoch in range(state.epoch, training.epochs):
@@ -218,7 +222,7 @@ def distill(
                 seconds=time.monotonic() - started,
             )
             if improved:
-                _write_checkpoint(folder / BEST_CHECKPOINT, state, toolbox)
+                write_checkpoint(folder / BEST_CHECKPOINT, state, toolbox)
             state.save(folder, run_digest)
         barrier(world)
         patience = training.early_stop_epochs
@@ -227,7 +231,7 @@ def distill(
             break
 
     if rank == 0:
-        _write_results_folder(folder, state, toolbox, teacher, recipe, start)
+        write_results_folder(folder, state, toolbox, teacher, recipe, start)
     barrier(world)
     return folder.parent
 
@@ -357,45 +361,6 @@ def _validate(
         dist.all_reduce(summed)
         hits = summed.cpu()
     return dice_of(hits)
-
-
-def _write_checkpoint(path: Path, state: RunState, toolbox: Toolbox) -> None:
-    network = state.average.network
-    save_atomically(nnunet_checkpoint(network, toolbox.init_args, toolbox.mirror_axes, state.epoch), path)
-
-
-def _write_results_folder(
-    folder: Path,
-    state: RunState,
-    toolbox: Toolbox,
-    teacher: ResultsFolder,
-    recipe: Recipe,
-    start: ResultsFolder | None,
-) -> None:
-    """What the run was, then the final checkpoint, which says "finished"."""
-    write_json(
-        folder.parent / "distillation.json",
-        {
-            "recipe": recipe.name,
-            "recipe_digest": recipe.digest,
-            "method": recipe.method,
-            "width": str(recipe.student.width),
-            "teacher_digest": teacher.digest,
-            "start_digest": None if start is None else start.digest,
-            "epochs": state.epoch,
-            "best_epoch": state.best_epoch,
-        },
-    )
-    _write_checkpoint(folder / FINAL_CHECKPOINT, state, toolbox)
-
-
-def _describe_results(folder: Path, teacher: ResultsFolder, plans: dict[str, Any]) -> None:
-    """The files beside the checkpoints: with them the best one so far can be used while the run goes on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder.parent / "plans.json", plans)
-    write_json(folder.parent / "dataset.json", teacher.dataset_json)
-    if teacher.fingerprint is not None:
-        (folder.parent / "dataset_fingerprint.json").write_bytes(teacher.fingerprint.read_bytes())
 
 
 def _nan_mean(values: list[float]) -> float:
