@@ -169,6 +169,28 @@ class Inference(_Model):
         return self
 
 
+class Postprocessing(_Model):
+    """What is taken away once every voxel has its label: all but the largest connected component.
+
+    ``largest_component_of_foreground`` takes all labels together, ``largest_component_of_labels`` each of
+    these values alone, after it; `models.postprocessing` has the rule. A result that loses more than
+    ``maximum_removed_share`` of what was found, 0 to 1, is doubtful; what was taken away is told in any case.
+    """
+
+    largest_component_of_foreground: bool = False
+    largest_component_of_labels: tuple[int, ...] = ()
+    maximum_removed_share: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        values = self.largest_component_of_labels
+        if not (self.largest_component_of_foreground or values):
+            raise ValueError("postprocessing must name the foreground or labels; leave it out for none")
+        if len(set(values)) != len(values):
+            raise ValueError("largest_component_of_labels must name each label once")
+        return self
+
+
 class Precision(StrEnum):
     FLOAT32 = "float32"
     INT8 = "int8"
@@ -234,6 +256,7 @@ class Manifest(_Model):
     orientation: str
     preprocessing: Preprocessing
     inference: Inference
+    postprocessing: Postprocessing | None = None
     weights: tuple[Weights, ...] = Field(min_length=1)
     precision: Precision = Precision.FLOAT32  # what the node runs unless told otherwise
     golden: GoldenCase
@@ -254,6 +277,8 @@ class Manifest(_Model):
                 raise ValueError("every value of regions_class_order must be a label")
         elif sorted(values) != list(range(1, len(values) + 1)):
             raise ValueError("the labels of a softmax head must be 1, 2, 3, ... without a gap")
+        if self.postprocessing and not set(self.postprocessing.largest_component_of_labels) <= set(values):
+            raise ValueError("every value of largest_component_of_labels must be a label")
         if len(self.golden.images) != len(self.channels):
             raise ValueError("the golden case needs one image per channel")
         if not self.weights_of(Precision.FLOAT32):

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from models import kernels, preprocessing, runtimes
+from models import kernels, postprocessing, preprocessing, runtimes
 from models.errors import OutOfMemoryError, ReasonCode, Refusal, UnsupportedModelError
 from models.linear_head import LinearHead, find_head, remove_head
 from models.manifest import Manifest, Precision
@@ -146,7 +146,8 @@ class Segmenter:
         -------
         Labelmap
             (Z, Y, X) on the grid, with the affine and the frame of reference, of the volume given; uint8
-            where the labels fit, else uint16.
+            where the labels fit, else uint16. Where the manifest asks for post-processing, ``removed`` says
+            what was taken away.
 
         Raises
         ------
@@ -165,13 +166,14 @@ class Segmenter:
         self._check_memory(placement)
         image = preprocessing.preprocess(array, placement, self.manifest)
         report(Progress(PREPROCESS, 1, 1))
-        labels = preprocessing.restore(
-            self._predict(image, placement, report), placement, self.manifest.preprocessing
-        )
+        labels = self._predict(image, placement, report)
+        rules = self.manifest.postprocessing
+        removed = None if rules is None else postprocessing.keep_largest(labels, rules)
+        labels = preprocessing.restore(labels, placement, self.manifest.preprocessing)
         if change is not None:
             labels = change.inverse().apply(labels)
         report(Progress(EXPORT, 1, 1))
-        return Labelmap(np.ascontiguousarray(labels), volume.affine, volume.frame_of_reference_uid)
+        return Labelmap(np.ascontiguousarray(labels), volume.affine, volume.frame_of_reference_uid, removed)
 
     def _predict(
         self, image: NDArray[np.float32], placement: Placement, report: Callable[[Progress], None]
@@ -257,7 +259,7 @@ class Segmenter:
             )
 
     def _peak_bytes(self, placement: Placement) -> int:
-        """Memory of the process at its fullest: while resampling the image, or while running tiles.
+        """Memory of the process at its fullest: resampling the image, running tiles, or looking for islands.
 
         ``base`` is what was there before any volume: interpreter, libraries, weights.
         """
@@ -272,7 +274,9 @@ class Segmenter:
         labels = label_type(self.manifest).itemsize * (math.prod(placement.shape_before) + voxels)
         copies = 4 * self._channels * math.prod(tiling.patch) * (len(inference.mirror_axes) > 0)
         forward = padded + sums + labels + copies + self._activation_bytes
-        return self._base_bytes + given + max(resampling, forward)
+        islands = padded + labels + self._activation_bytes
+        islands += postprocessing.BYTES_PER_VOXEL * voxels * (self.manifest.postprocessing is not None)
+        return self._base_bytes + given + max(resampling, forward, islands)
 
 
 def _take_heads(models: list[onnx.ModelProto], manifest: Manifest) -> tuple[LinearHead | None, int]:

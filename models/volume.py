@@ -53,6 +53,25 @@ class Volume:
         return z, y, x
 
 
+@dataclass(frozen=True)
+class Removed:
+    """What post-processing took away from a labelmap.
+
+    Parameters
+    ----------
+    islands : int
+        How many connected components.
+    voxels : dict of int to int
+        Voxels of each label value in them.
+    share : float
+        Of all voxels with a label, 0 to 1.
+    """
+
+    islands: int
+    voxels: dict[int, int]
+    share: float
+
+
 @dataclass(frozen=True, eq=False)
 class Labelmap:
     """An integer label for every voxel of a grid in the patient.
@@ -65,11 +84,14 @@ class Labelmap:
         Voxel index (x, y, z) to LPS millimetres.
     frame_of_reference_uid : str or None
         DICOM Frame of Reference UID; None for input that is not DICOM.
+    removed : Removed or None
+        What is not in it any more; None where nothing was looked for.
     """
 
     array: NDArray[Any]
     affine: Affine
     frame_of_reference_uid: str | None = None
+    removed: Removed | None = None
 
     def __post_init__(self) -> None:
         assert self.array.ndim == 3, f"a Labelmap is (Z, Y, X), not {self.array.shape}"

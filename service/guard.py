@@ -78,6 +78,22 @@ def guard_result(manifest: Manifest, labelmap: Labelmap, rules: GuardRules = USU
     return _judge(_about_result(manifest, labelmap, rules))
 
 
+def guard_removed(manifest: Manifest, labelmap: Labelmap, rules: GuardRules = USUAL_GUARD) -> tuple[str, ...]:
+    """Tell what the model's post-processing took away, in mL, and judge whether it is too much; the warnings.
+
+    Parameters
+    ----------
+    labelmap : Labelmap
+        As the engine gave it.
+
+    Raises
+    ------
+    Refusal
+        IMPLAUSIBLE_RESULT.
+    """
+    return _judge(_about_removed(manifest, labelmap, rules))
+
+
 def _judge(concerns: Iterator[_Concern]) -> tuple[str, ...]:
     warnings = []
     for concern in concerns:
@@ -142,6 +158,25 @@ def _about_result(manifest: Manifest, labelmap: Labelmap, rules: GuardRules) -> 
             f"{', '.join(cut_off)} {reach} the edge of the field of view: {they} may be cut off there.",
             rules.border,
         )
+
+
+def _about_removed(manifest: Manifest, labelmap: Labelmap, rules: GuardRules) -> Iterator[_Concern]:
+    removed, asked = labelmap.removed, manifest.postprocessing
+    if removed is None or asked is None or not removed.islands:
+        return
+    names = {label.value: label.name for label in manifest.labels}
+    by_size = sorted(removed.voxels.items(), key=lambda item: -item[1])
+    volume = labelmap.voxel_volume_ml
+    parts = ", ".join(f"{names[value]} {voxels * volume:.3g} mL" for value, voxels in by_size)
+    sentence = (
+        f"Islands left out, as they lie apart from the largest part: {removed.islands}, together "
+        f"{sum(removed.voxels.values()) * volume:.3g} mL, {removed.share:.2%} of what was found ({parts})"
+    )
+    if removed.share <= asked.maximum_removed_share:
+        yield _Concern(ReasonCode.IMPLAUSIBLE_RESULT, f"{sentence}.", "warn")
+        return
+    sentence += f"; the model's card allows {asked.maximum_removed_share:.2%}."
+    yield _Concern(ReasonCode.IMPLAUSIBLE_RESULT, sentence, rules.removed, _RESULT_REMEDY)
 
 
 def _labels_at_border(array: NDArray[Any]) -> frozenset[int]:

@@ -28,6 +28,9 @@ class GuardRules(BaseModel):
         A result without any label.
     border : str
         A label that reaches the edge of the field of view, where it may be cut off.
+    removed : str
+        A result that lost more to the model's post-processing than its manifest allows. What was taken
+        away is warned of in any case.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +42,7 @@ class GuardRules(BaseModel):
     volume_range: Action = "warn"
     nothing_found: Action = "warn"
     border: Action = "warn"
+    removed: Action = "warn"
 
 
 USUAL_GUARD = GuardRules()

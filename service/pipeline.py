@@ -27,7 +27,7 @@ from models.volume import Labelmap, Volume
 from service.channel_rules import IN_ORDER, AlignmentRules
 from service.dicom.predecessors import Predecessor
 from service.dicom.segmentation import require_encodable
-from service.guard import guard_grid, guard_result
+from service.guard import guard_grid, guard_removed, guard_result
 from service.guard_rules import USUAL_GUARD, GuardRules
 from service.inputs import PipelineInput, read_input
 from service.overlay import draw_overlay
@@ -176,6 +176,7 @@ def run(
         inferred = segmenter.segment(given.volume, progress=progress)
         assert inferred.array.shape == given.volume.shape_zyx
         labelmap = given.on_slices(inferred)
+        doubts += guard_removed(manifest, inferred, job.guard)
         doubts += guard_result(manifest, labelmap, job.guard)
         rectangular = given.on_volume(labelmap)  # for readers that know no sheared grid
         progress(Progress(WRITE, 0, 1))

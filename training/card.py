@@ -67,6 +67,14 @@ def _provenance(manifest: Manifest) -> str:
     rows.append(
         f"- Patch {list(manifest.inference.patch_size)} at {list(manifest.preprocessing.spacing_mm)} mm"
     )
+    rules = manifest.postprocessing
+    if rules is not None:
+        names = [label.name for label in manifest.labels if label.value in rules.largest_component_of_labels]
+        what = ["all labels together"] * rules.largest_component_of_foreground + names
+        rows.append(
+            f"- Of these the largest connected component alone is kept: {', '.join(what)}; a result that loses "
+            f"more than {rules.maximum_removed_share:.0%} of its voxels so is doubtful"
+        )
     return "\n".join(rows)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.manifest import CodedConcept, InputLimits, Label, Laterality
+from models.manifest import CodedConcept, InputLimits, Label, Laterality, Postprocessing
 from training.errors import LabelsFileError
 from training.plans import channel_names_of
 from training.teacher import ResultsFolder
@@ -64,6 +64,7 @@ class Description(_Model):
     channels: tuple[ChannelDescription, ...]
     labels: tuple[LabelDescription, ...] = Field(min_length=1)
     input_limits: InputLimits = InputLimits()
+    postprocessing: Postprocessing | None = None
     notes: str = ""
 
     @model_validator(mode="after")
@@ -176,6 +177,7 @@ def template(results: ResultsFolder) -> str:
             "field_of_view_mm": None,
             "minimum_slices": 1,
         },
+        "postprocessing": None,
         "notes": "",
     }
     head = (
@@ -183,6 +185,7 @@ def template(results: ResultsFolder) -> str:
         "# type: the SNOMED CT code of the structure (CID 7151 of DICOM PS3.16 and the lists it names).\n"
         "# laterality: left, right, both, or null. volume_range_ml: [smallest, largest] that is plausible.\n"
         "# input_limits: what the model was made for; remove what you cannot say.\n"
+        "# postprocessing: null, or {largest_component_of_foreground: true} for a body part in one piece.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 

@@ -115,6 +115,7 @@ def export_bundle(request: ExportRequest) -> Exported:
             folder / "golden",
             orientation=orientation,
             mirroring=request.mirroring,
+            postprocessing=description.postprocessing,
         )
         weights, agreements = [], []
         for index, one in enumerate(results.checkpoints):
@@ -192,6 +193,7 @@ def _manifest(
                 mirror_axes=results.checkpoints[0].mirror_axes if request.mirroring else (),
                 regions_class_order=classes.regions_class_order,
             ),
+            postprocessing=description.postprocessing,
             weights=tuple(weights),
             golden=golden,
             input_limits=description.input_limits,

@@ -10,18 +10,24 @@ import numpy as np
 from nibabel.nifti1 import Nifti1Image
 from numpy.typing import NDArray
 
-from models.manifest import GoldenCase
+from models.manifest import GoldenCase, Postprocessing
 from models.nifti import read_nifti, write_nifti
 from models.volume import Affine, Labelmap, axis_codes, reorient
 from training.errors import ExportError
-from training.reference import make_predictor, predict_labelmap, preprocess
+from training.reference import make_predictor, postprocess, predict_labelmap, preprocess
 from training.teacher import ResultsFolder
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def write_golden_case(
-    results: ResultsFolder, images: Sequence[Path], folder: Path, *, orientation: str, mirroring: bool
+    results: ResultsFolder,
+    images: Sequence[Path],
+    folder: Path,
+    *,
+    orientation: str,
+    mirroring: bool,
+    postprocessing: Postprocessing | None = None,
 ) -> tuple[GoldenCase, NDArray[np.float32]]:
     """Write ``image_0000.nii.gz``, ... and ``labelmap.nii.gz`` into a folder.
 
@@ -34,6 +40,8 @@ def write_golden_case(
         NIfTI files, one per channel, on one grid.
     orientation : str
         The model's axis code, or ``any`` for the image as it is.
+    postprocessing : Postprocessing, optional
+        What the bundle asks for; nnU-Net's own function does it here.
 
     Returns
     -------
@@ -68,6 +76,8 @@ def write_golden_case(
             "The model finds no label in the golden image, which would prove nothing.",
             remedy="Give an image that shows what the model segments.",
         )
+    if postprocessing is not None:
+        labels = postprocess(labels, postprocessing)
     write_nifti(Labelmap(labels, volume.affine), folder / "labelmap.nii.gz")
     assert orientation in ("any", axis_codes(volume.affine))
     patch_size: tuple[int, int, int] = tuple(results.settings["patch_size"])

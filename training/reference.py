@@ -16,9 +16,13 @@ import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.postprocessing.remove_connected_components import (
+    remove_all_but_largest_component_from_segmentation,
+)
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
+from models.manifest import Postprocessing
 from training.teacher import ResultsFolder
 
 
@@ -90,6 +94,18 @@ def predict_labelmap(predictor: nnUNetPredictor, images: list[Path]) -> NDArray[
     with contextlib.redirect_stdout(io.StringIO()):
         labelmap = predictor.predict_single_npy_array(array, properties)
     return np.asarray(labelmap).astype(np.uint8 if labelmap.max() < 256 else np.uint16)
+
+
+def postprocess(
+    labelmap: NDArray[np.uint8 | np.uint16], rules: Postprocessing
+) -> NDArray[np.uint8 | np.uint16]:
+    """What nnU-Net's own post-processing leaves of a labelmap (Z, Y, X), in the order of the rules."""
+    steps: list[Any] = [[int(value)] for value in rules.largest_component_of_labels]
+    if rules.largest_component_of_foreground:
+        steps.insert(0, [int(value) for value in np.unique(labelmap) if value])
+    for labels in steps:
+        labelmap = remove_all_but_largest_component_from_segmentation(labelmap, labels)
+    return labelmap
 
 
 def preprocess(predictor: nnUNetPredictor, images: list[Path]) -> NDArray[np.float32]:

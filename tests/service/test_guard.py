@@ -15,10 +15,10 @@ from sqlalchemy import select
 from structlog.testing import capture_logs
 
 from models.errors import ReasonCode, Refusal
-from models.manifest import Manifest
-from models.volume import Labelmap, Volume
+from models.manifest import Manifest, Postprocessing
+from models.volume import Labelmap, Removed, Volume
 from service.completeness import Completeness
-from service.guard import guard_grid, guard_modalities, guard_result
+from service.guard import guard_grid, guard_modalities, guard_removed, guard_result
 from service.guard_rules import GuardRules
 from service.records.database import utc_now
 from service.records.tables import Event, JobState, Result, ResultKind
@@ -65,6 +65,10 @@ def judged(kind: str, manifest: Manifest, rules: GuardRules) -> tuple[str, ...]:
         one = {"spacing": "spacing_mm", "field_of_view": "field_of_view_mm", "slices": "minimum_slices"}[kind]
         limits = fine.model_copy(update={one: getattr(manifest.input_limits, one)})
         return guard_grid(manifest.model_copy(update={"input_limits": limits}), VOLUME, rules)
+    if kind == "removed":
+        asked = Postprocessing(largest_component_of_foreground=True, maximum_removed_share=0.1)
+        found = Labelmap(labelmap(low=INSIDE).array, AFFINE, removed=Removed(2, {1: 40, 2: 360}, 0.25))
+        return guard_removed(manifest.model_copy(update={"postprocessing": asked}), found, rules)
     found = {
         "volume_range": labelmap(low=INSIDE),
         "nothing_found": labelmap(),
@@ -84,6 +88,11 @@ SAID = {
     ),
     "nothing_found": (ReasonCode.IMPLAUSIBLE_RESULT, "the model found nothing in this series."),
     "border": (ReasonCode.IMPLAUSIBLE_RESULT, "high reaches the edge of the field of view"),
+    "removed": (
+        ReasonCode.IMPLAUSIBLE_RESULT,
+        "2, together 1.5 mL, 25.00% of what was found (high 1.35 mL, low 0.15 mL); "
+        "the model's card allows 10.00%.",
+    ),
 }
 
 
@@ -124,6 +133,20 @@ def test_limits_are_refused_and_doubtful_results_are_warned_of_unless_the_route_
 def test_every_edge_of_the_field_of_view_is_looked_at(box: tuple, manifest: Manifest) -> None:
     assert "high reaches the edge" in guard_result(manifest, labelmap(high=box))[-1]
     assert guard_result(manifest, labelmap(high=(slice(1, 7), slice(1, 11), slice(1, 13)))) == ()
+
+
+def test_what_was_taken_away_is_told_even_where_it_is_little(manifest: Manifest) -> None:
+    asked = Postprocessing(largest_component_of_labels=(2,), maximum_removed_share=0.1)
+    asking = manifest.model_copy(update={"postprocessing": asked})
+    inside = labelmap(high=INSIDE).array
+    one, none = Removed(1, {2: 4}, 0.1), Removed(0, {}, 0.0)
+    refusing = GuardRules(removed="refuse")
+    assert guard_removed(asking, Labelmap(inside, AFFINE, removed=one), refusing) == (
+        "Islands left out, as they lie apart from the largest part: 1, together 0.015 mL, 10.00% of what was "
+        "found (high 0.015 mL).",
+    )
+    assert guard_removed(asking, Labelmap(inside, AFFINE, removed=none), refusing) == ()
+    assert guard_removed(manifest, Labelmap(inside, AFFINE), refusing) == ()
 
 
 def test_what_was_not_found_has_no_doubtful_volume(manifest: Manifest) -> None:
