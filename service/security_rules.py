@@ -68,6 +68,13 @@ class RateRules(_Section):
     key: RateRule | None = RateRule(per_s=50, burst=200)
 
 
+class SessionRules(_Section):
+    """How long a session at the page lasts: without use, and at all."""
+
+    idle_s: float = Field(default=1800.0, ge=300.0)  # use is noted to the minute
+    longest_s: float = Field(default=12 * 3600.0, gt=0)
+
+
 class OidcRules(_Section):
     """Login of people at an OpenID provider: authorization code with PKCE.
 
@@ -96,8 +103,6 @@ class OidcRules(_Section):
     admins: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
     uploaders: tuple[str, ...] = ()
-    idle_s: float = Field(default=1800.0, gt=0)
-    longest_s: float = Field(default=12 * 3600.0, gt=0)
     timeout_s: float = Field(default=10.0, gt=0)
     trusted: Path | None = None
     allow_plain_http: bool = False  # for a provider on this very machine, to try it out

@@ -27,7 +27,7 @@ from service.errors import SettingsError
 from service.governance_rules import CommitmentRules, GateRules, ProbationRules, RetentionRules, ShadowRules
 from service.profiles import Profile
 from service.routes import Identifier, Route, Section
-from service.security_rules import AtnaRules, ClientTls, OidcRules, RateRules, ServerTls
+from service.security_rules import AtnaRules, ClientTls, OidcRules, RateRules, ServerTls, SessionRules
 
 GIB = 1024**3
 MIB = 1024**2
@@ -99,6 +99,7 @@ class HttpSettings(Section):
     trusted_proxies: tuple[Network, ...] = ("127.0.0.1/32", "::1/128")  # they say where a request came from
     maximum_upload_bytes: int = Field(default=2 * GIB, ge=1)
     rates: RateRules = RateRules()
+    sessions: SessionRules = SessionRules()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

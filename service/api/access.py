@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
@@ -18,8 +18,8 @@ from service.api.problem import ProblemError
 from service.api.state import ApiState, State
 from service.errors import NotFoundError
 from service.keys import authenticate
-from service.oidc_sessions import find_session, is_csrf_token, is_due, see_session
 from service.records.tables import ApiKey, Job, Role
+from service.sessions import find_session, is_csrf_token, is_due, see_session
 
 CSRF_HEADER = "X-CSRF-Token"
 # Over TLS the browser itself sees to it that no other host of the domain has set it.
@@ -106,7 +106,9 @@ def identify(request: Request, state: State, credentials: Credentials) -> Caller
         with state.records.read() as session:
             key = authenticate(session, credentials.credentials, state.clock())
     elif secret is not None:
-        key = _person(request, state, secret)
+        key = session_key(request, state)
+        if key is not None:
+            _check_csrf(request, secret)
     if key is None:
         raise ProblemError(
             HTTPStatus.UNAUTHORIZED,
@@ -128,8 +130,44 @@ PersonDep = Annotated[Caller, Depends(identify)]
 
 
 def session_secret(request: Request, state: ApiState) -> str | None:
-    """The secret of the session that a request carries; None where people do not log in."""
-    return None if state.provider is None else request.cookies.get(SESSION_COOKIES[is_secure(state)])
+    """The secret of the session that a request carries."""
+    return request.cookies.get(SESSION_COOKIES[is_secure(state)])
+
+
+def session_key(request: Request, state: ApiState) -> ApiKey | None:
+    """The key that a request's session began with; None if it carries none, or one that is over."""
+    secret, rules, now = session_secret(request, state), state.settings.http.sessions, state.clock()
+    if secret is None:
+        return None
+    with state.records.read() as session:
+        found = find_session(session, secret, rules, now=now)
+    if found is None:
+        return None
+    key, person_session = found
+    if is_due(person_session, now):
+        with state.records.write() as session:
+            see_session(session, secret, now=now)
+    return key
+
+
+def keep_session(
+    response: Response, state: ApiState, secret: str, *, samesite: Literal["lax", "strict"]
+) -> None:
+    """Have the browser hold the secret of a session."""
+    response.set_cookie(
+        SESSION_COOKIES[is_secure(state)],
+        secret,
+        max_age=int(state.settings.http.sessions.longest_s),
+        path="/",
+        httponly=True,
+        samesite=samesite,
+        secure=is_secure(state),
+    )
+
+
+def forget_session(response: Response, state: ApiState) -> None:
+    """Have the browser forget it."""
+    response.delete_cookie(SESSION_COOKIES[is_secure(state)], path="/", secure=is_secure(state))
 
 
 def is_secure(state: ApiState) -> bool:
@@ -138,13 +176,7 @@ def is_secure(state: ApiState) -> bool:
     return http.tls_certificate is not None or http.behind_tls_proxy
 
 
-def _person(request: Request, state: ApiState, secret: str) -> ApiKey | None:
-    rules, now = state.settings.oidc, state.clock()
-    assert rules is not None
-    with state.records.read() as session:
-        found = find_session(session, secret, rules, now=now)
-    if found is None:
-        return None
+def _check_csrf(request: Request, secret: str) -> None:
     if request.method not in _HARMLESS and not is_csrf_token(secret, request.headers.get(CSRF_HEADER, "")):
         raise ProblemError(
             HTTPStatus.FORBIDDEN,
@@ -152,11 +184,6 @@ def _person(request: Request, state: ApiState, secret: str) -> ApiKey | None:
             f"A request of a session that changes something must carry its token in {CSRF_HEADER}.",
             remedy="Take the token from /auth/session.",
         )
-    key, person_session = found
-    if is_due(person_session, now):
-        with state.records.write() as session:
-            see_session(session, secret, now=now)
-    return key
 
 
 def authorize(request: Request, caller: Annotated[Caller, Depends(identify)]) -> Caller:

@@ -11,20 +11,21 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import RedirectResponse
 from pydantic import BaseModel
 
-from service.api.access import CSRF_HEADER, SESSION_COOKIES, PersonDep, is_secure, session_secret
+from service.api.access import (
+    CSRF_HEADER,
+    PersonDep,
+    forget_session,
+    is_secure,
+    keep_session,
+    session_secret,
+)
 from service.api.problem import ProblemError
 from service.api.state import ApiState, State
 from service.oidc import OidcError, Provider
-from service.oidc_sessions import (
-    ATTEMPT_FOR,
-    begin_session,
-    csrf_token,
-    end_session,
-    remember_attempt,
-    take_attempt,
-)
+from service.oidc_logins import ATTEMPT_FOR, let_in, remember_attempt, take_attempt
 from service.records.events import record_event
 from service.records.tables import Role
+from service.sessions import begin_session, csrf_token, end_session
 
 router = APIRouter(prefix="/auth", include_in_schema=False)
 
@@ -101,7 +102,9 @@ def finish_login(
             now=now.replace(tzinfo=UTC).timestamp(),
         )
         with api.records.write() as session:
-            key, secret = begin_session(session, person, rules, now=now)
+            key = let_in(session, person, rules, now=now)
+            sessions = api.settings.http.sessions
+            secret = begin_session(session, key.key_id, sessions, now=now, id_token=person.id_token)
             record_event(
                 session,
                 "login",
@@ -116,15 +119,7 @@ def finish_login(
         raise _problem(failure) from failure
     response = RedirectResponse(attempt.next_path or "/", HTTPStatus.SEE_OTHER)
     response.delete_cookie(_STATE_COOKIE, path="/auth")
-    response.set_cookie(
-        SESSION_COOKIES[is_secure(api)],
-        secret,
-        max_age=int(rules.longest_s),
-        path="/",
-        httponly=True,
-        samesite="lax",
-        secure=is_secure(api),
-    )
+    keep_session(response, api, secret, samesite="lax")  # the person comes from another site
     return response
 
 
@@ -144,7 +139,7 @@ def log_out(request: Request, response: Response, state: State, person: PersonDe
     with state.records.write() as session:
         ended = end_session(session, secret)
         record_event(session, "logout", actor=person.name, at=state.clock(), subject=person.key_id)
-    response.delete_cookie(SESSION_COOKIES[is_secure(state)], path="/", secure=is_secure(state))
+    forget_session(response, state)
     url = None
     if ended is not None:
         try:

@@ -17,13 +17,10 @@ from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from models.errors import SegnodeError
-from service.api.access import MINIMUM_ROLE, Caller, check_role, is_secure, session_secret
+from service.api.access import MINIMUM_ROLE, Caller, check_role, session_key, session_secret
 from service.api.problem import Problem, ProblemError, problem_of
-from service.api.state import ApiState, State
-from service.console.login import COOKIE, Login, LoginSealer
-from service.keys import is_alive
-from service.oidc_sessions import csrf_token, find_session, is_due, see_session
-from service.records.tables import ApiKey
+from service.api.state import State
+from service.sessions import csrf_token
 
 PREFIX = "/console"
 
@@ -50,13 +47,9 @@ class LoginRequired(Exception):
 
 @dataclass(frozen=True)
 class Visitor:
-    """Who is at the page: the caller that the interface knows, and the session.
-
-    ``login`` is the page's own session, begun with a key; None for who came by the identity provider.
-    """
+    """Who is at the page: the caller that the interface knows, and what their forms carry."""
 
     caller: Caller
-    login: Login | None
     form_token: str
 
     def may(self, operation: str) -> bool:
@@ -71,36 +64,12 @@ class Visitor:
 
 def get_visitor(request: Request, state: State) -> Visitor:
     """Who is there. Raises LoginRequired."""
-    sealer = sealer_of(request)
-    login = sealer.open(request.cookies.get(COOKIE, ""), state.clock())
-    if login is None:
-        return _person(request, state)
-    with state.records.read() as session:
-        key = session.get(ApiKey, login.key_id)
-        if key is None or not is_alive(key, state.clock()):
-            raise LoginRequired
+    secret, key = session_secret(request, state), session_key(request, state)
+    if secret is None or key is None:
+        raise LoginRequired
     caller = Caller(key.key_id, key.name, key.role)
     request.state.caller = caller  # the audit trail names who reads
-    return Visitor(caller, login, sealer.form_token(login))
-
-
-def _person(request: Request, state: ApiState) -> Visitor:
-    """Who has logged in at the identity provider. Raises LoginRequired."""
-    secret, rules, now = session_secret(request, state), state.settings.oidc, state.clock()
-    if secret is None or rules is None:
-        raise LoginRequired
-    with state.records.read() as session:
-        found = find_session(session, secret, rules, now=now)
-        if found is None:
-            raise LoginRequired
-        key, person_session = found
-        visitor = Visitor(Caller(key.key_id, key.name, key.role), None, csrf_token(secret))
-        request.state.caller = visitor.caller
-        due = is_due(person_session, now)
-    if due:
-        with state.records.write() as session:
-            see_session(session, secret, now=now)
-    return visitor
+    return Visitor(caller, csrf_token(secret))
 
 
 VisitorDep = Annotated[Visitor, Depends(get_visitor)]
@@ -119,25 +88,6 @@ def get_poster(visitor: VisitorDep, form_token: Annotated[str, Form(max_length=1
 
 
 PosterDep = Annotated[Visitor, Depends(get_poster)]
-
-
-def sealer_of(request: Request) -> LoginSealer:
-    sealer = request.app.state.login_sealer
-    assert isinstance(sealer, LoginSealer)
-    return sealer
-
-
-def keep_session(request: Request, response: Response, login: Login) -> None:
-    """Set the session's cookie, with its last use now."""
-    state: ApiState = request.app.state.api
-    response.set_cookie(
-        COOKIE,
-        sealer_of(request).seal(login.used(state.clock())),
-        path=PREFIX,
-        httponly=True,
-        samesite="strict",
-        secure=is_secure(state),
-    )
 
 
 def show(
@@ -159,10 +109,7 @@ def show(
         form_token=visitor.form_token if visitor else "",
         **values,
     )
-    response = HTMLResponse(text, status, {"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
-    if visitor is not None and visitor.login is not None:
-        keep_session(request, response, visitor.login)
-    return response
+    return HTMLResponse(text, status, {"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
 
 
 def back_to(path: str, said: str = "") -> RedirectResponse:

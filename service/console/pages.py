@@ -17,7 +17,7 @@ from sqlalchemy import select
 
 from models.errors import ModelChangedError
 from service.api import audit, deliveries, destinations, governance, jobs, models, segmentations, studies
-from service.api.access import SESSION_COOKIES, is_secure, session_secret, visible_job
+from service.api.access import forget_session, keep_session, session_secret, visible_job
 from service.api.governance_schemas import GateRequest, ShadowRequest
 from service.api.paging import AfterIdentifier, Identifier, ModelName, StudyUid, StudyUidAfter, Version
 from service.api.schemas import Activation, segmentation
@@ -28,16 +28,14 @@ from service.console.frame import (
     PosterDep,
     VisitorDep,
     back_to,
-    keep_session,
     safe_next,
     show,
 )
-from service.console.login import COOKIE, Login, LoginSealer
 from service.errors import NotFoundError
 from service.keys import authenticate
-from service.oidc_sessions import end_session
 from service.records.events import record_event
 from service.records.tables import DeliveryState, Job, JobState
+from service.sessions import begin_session, end_session
 
 router = APIRouter(prefix=PREFIX, route_class=ConsoleRoute, include_in_schema=False)
 
@@ -48,7 +46,6 @@ _REFRESH_S = 10
 
 def build_console(app: FastAPI, state: ApiState) -> None:
     """Add the operator's page to the application of the interface."""
-    app.state.login_sealer = LoginSealer.of_node(state.settings.data_dir)
     app.include_router(router)
     app.add_api_route("/", _beginning, include_in_schema=False)
 
@@ -99,11 +96,15 @@ def log_in(
             at=now,
             subject=found.key_id if found else "",
         )
-        key_id = found.key_id if found else None
-    if key_id is None:
+        secret = None
+        if found is not None:
+            if (before := session_secret(request, state)) is not None:
+                end_session(session, before)  # whoever was there, in this browser
+            secret = begin_session(session, found.key_id, state.settings.http.sessions, now=now)
+    if secret is None:
         return _ask_to_log_in(request, state, next, wrong=True, status=HTTPStatus.UNAUTHORIZED)
     response = RedirectResponse(safe_next(next), HTTPStatus.SEE_OTHER)
-    keep_session(request, response, Login.begin(key_id, now))
+    keep_session(response, state, secret, samesite="strict")
     return response
 
 
@@ -112,9 +113,8 @@ def log_out(request: Request, state: State, visitor: PosterDep) -> Response:
     response = back_to("login")
     secret = session_secret(request, state)
     with state.records.write() as session:
-        if visitor.login is None and secret is not None:
+        if secret is not None:
             end_session(session, secret)
-            response.delete_cookie(SESSION_COOKIES[is_secure(state)], path="/", secure=is_secure(state))
         record_event(
             session,
             "logout",
@@ -122,7 +122,7 @@ def log_out(request: Request, state: State, visitor: PosterDep) -> Response:
             at=state.clock(),
             subject=visitor.caller.key_id,
         )
-    response.delete_cookie(COOKIE, path=PREFIX)
+    forget_session(response, state)
     return response
 
 

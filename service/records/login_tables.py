@@ -23,7 +23,7 @@ class LoginAttempt(Base):
 
 
 class PersonSession(Base):
-    """A person at the page. The browser holds a secret; only its hash is kept."""
+    """Somebody at the page. The browser holds a secret; only its hash is kept."""
 
     __tablename__ = "person_session"
 

@@ -10,19 +10,22 @@ from typing import Any
 
 import httpx
 import pytest
-from api_harness import STUDY, ApiHarness
+from api_harness import STUDY, ApiHarness, assert_problem
 from sqlalchemy import select, text
 from structlog.testing import capture_logs
 
-from service.api.access import MINIMUM_ROLE
+from service.api import create_app
+from service.api.access import CSRF_HEADER, MINIMUM_ROLE, SESSION_COOKIES
 from service.console import build_console
 from service.console.frame import MENU, safe_next
-from service.console.login import COOKIE, IDLE, LONGEST, Login, LoginSealer
-from service.keys import revoke
+from service.keys import create_key, revoke
 from service.records.database import Records
 from service.records.jobs import refuse_job
+from service.records.login_tables import PersonSession
 from service.records.tables import Delivery, DeliveryState, Event, Job, JobState, ResultKind, Role
 
+COOKIE = SESSION_COOKIES[False]
+IDLE, LONGEST = timedelta(minutes=30), timedelta(hours=12)
 HOSTILE = '<script>alert("x")</script>'
 
 
@@ -116,10 +119,19 @@ def test_a_wrong_key_is_told_recorded_and_begins_nothing(browser: Browser, api: 
     assert len(events(api, "console.login_refused")) == 1
 
 
-def test_a_revoked_key_ends_its_session_at_once(operator: Browser, api: ApiHarness) -> None:
+def test_a_key_that_is_revoked_or_expires_ends_its_session_at_once(
+    browser: Browser, operator: Browser, api: ApiHarness
+) -> None:
     with api.records.write() as session:
         revoke(session, api.key_ids["operator"], now=api.now)
     assert operator.get("queue").status_code == 303
+    with api.records.write() as session:
+        soon = api.now + timedelta(minutes=5)
+        _, api.secrets["guest"] = create_key(session, "guest", Role.OPERATOR, soon, now=api.now)
+    browser.log_in("guest")
+    assert browser.get("queue").status_code == 200
+    api.now += timedelta(minutes=5)
+    assert browser.get("queue").status_code == 303
 
 
 def test_a_session_ends_when_it_is_not_used_and_when_it_is_old(operator: Browser, api: ApiHarness) -> None:
@@ -127,29 +139,75 @@ def test_a_session_ends_when_it_is_not_used_and_when_it_is_old(operator: Browser
     assert operator.get("queue").status_code == 200  # and is used now
     api.now += IDLE - timedelta(minutes=1)
     assert operator.get("queue").status_code == 200
-    api.now += IDLE + timedelta(minutes=1)
+    api.now += IDLE
     assert operator.get("queue").status_code == 303
     operator.log_in("operator")
     for _ in range(int(LONGEST / timedelta(minutes=25))):
         api.now += timedelta(minutes=25)
-        operator.get("queue")
+        assert operator.get("queue").status_code == 200
     api.now += timedelta(minutes=25)
     assert operator.get("queue").status_code == 303
 
 
+def test_how_long_a_session_lasts_is_configured(tmp_path: Path, records: Records) -> None:
+    with capture_logs():
+        api = ApiHarness(tmp_path, records, http={"sessions": {"idle_s": 300, "longest_s": 400}})
+    build_console(api.app, api.app.state.api)
+    browser = Browser(api)
+    assert "Max-Age=400;" in browser.log_in("operator").headers["set-cookie"]
+    api.now += timedelta(seconds=290)
+    assert browser.get("queue").status_code == 200
+    api.now += timedelta(seconds=109)
+    assert browser.get("queue").status_code == 200
+    api.now += timedelta(seconds=1)
+    assert browser.get("queue").status_code == 303
+
+
 def test_a_cookie_that_was_changed_or_made_elsewhere_is_none(operator: Browser, api: ApiHarness) -> None:
-    assert operator.cookie is not None
-    body, _, signature = operator.cookie.partition(".")
-    forged = LoginSealer(b"another secret").seal(Login.begin(api.key_ids["admin"], api.now))
-    for cookie in (f"{body}x.{signature}", f"{body}.{signature[:-1]}0", body, "", ".", forged, "é.é"):
+    secret = operator.cookie
+    assert secret is not None
+    with api.records.read() as session:
+        (kept,) = session.scalars(select(PersonSession.session_hash))
+    for cookie in (f"{secret}x", secret[:-1], kept, "", ".", "x" * 5000, "é.é"):
         operator.cookie = cookie.encode("ascii", "ignore").decode()
         assert operator.get("queue").status_code == 303, cookie
 
 
-def test_logging_out_takes_the_cookie_away(operator: Browser) -> None:
+def test_logging_out_ends_the_session_and_takes_the_cookie_away(operator: Browser, api: ApiHarness) -> None:
+    stolen = operator.cookie
     response = operator.post("logout", form_token=operator.token())
     assert response.status_code == 303
-    assert 'segnode_session=""' in response.headers["set-cookie"]
+    assert f'{COOKIE}=""' in response.headers["set-cookie"]
+    operator.cookie = stolen  # whoever has copied it has nothing
+    assert operator.get("queue").status_code == 303
+    with api.records.read() as session:
+        assert session.scalars(select(PersonSession)).all() == []
+    assert [e.actor for e in events(api, "logout")] == ["operator"]
+
+
+def test_logging_in_again_ends_the_session_before_and_a_wrong_key_does_not(
+    operator: Browser, api: ApiHarness
+) -> None:
+    first = operator.cookie
+    operator.post("login", key="sgn_" + "x" * 43)
+    assert operator.get("queue").status_code == 200
+    operator.log_in("admin")
+    assert operator.cookie != first
+    operator.cookie = first
+    assert operator.get("queue").status_code == 303
+
+
+def test_a_session_that_began_with_a_key_reaches_the_interface_under_its_token(
+    operator: Browser, api: ApiHarness
+) -> None:
+    cookie = {"Cookie": f"{COOKIE}={operator.cookie}"}
+    job_id = api.enqueue(instances=[api.receive_instance()])
+    assert api.get("/api/v1/jobs", key=None, headers=cookie).status_code == 200
+    assert_problem(api.get("/api/v1/models", key=None, headers=cookie), 403, "ROLE_TOO_LOW")
+    path = f"/api/v1/jobs/{job_id}/retry"
+    assert_problem(api.post(path, key=None, headers=cookie), 403, "CSRF_TOKEN_MISSING")
+    with_token = cookie | {CSRF_HEADER: operator.token()}
+    assert_problem(api.post(path, key=None, headers=with_token), 409, "CONFLICT")  # it waits already
 
 
 @pytest.mark.parametrize("role", list(Role))
@@ -359,8 +417,13 @@ def test_after_the_login_nobody_is_sent_elsewhere(path: str) -> None:
     assert safe_next("/console/studies") == "/console/studies"
 
 
-def test_two_processes_of_a_node_share_the_secret(api: ApiHarness, tmp_path: Any) -> None:
-    one, other = LoginSealer.of_node(tmp_path / "data"), LoginSealer.of_node(tmp_path / "data")
-    login = Login.begin("k", api.now)
-    assert other.open(one.seal(login), api.now) == login
-    assert (tmp_path / "data" / "console.secret").stat().st_mode & 0o077 == 0
+def test_two_processes_of_a_node_share_the_sessions(operator: Browser, api: ApiHarness) -> None:
+    with capture_logs():
+        other = ApiHarness.__new__(ApiHarness)
+        other.__dict__ = dict(api.__dict__)
+        other.app = create_app(api.settings, api.records, api.spool, api.registry, clock=lambda: api.now)
+    build_console(other.app, other.app.state.api)
+    elsewhere = Browser(other)
+    elsewhere.cookie = operator.cookie
+    assert elsewhere.get("queue").status_code == 200
+    assert not (api.settings.data_dir / "console.secret").exists()
