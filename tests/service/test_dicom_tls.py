@@ -19,7 +19,7 @@ from pydicom import dcmwrite
 from sqlalchemy import select
 from storage_scp import StorageScp
 
-from service.dicom import receive
+from service.dicom import doorkeeper
 from service.dicom.receive import Receiver
 from service.dicom.send import OutcomeKind, echo, send_files
 from service.records.database import Records
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def peers_come_from_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails from this host may be the node's own health check, and alerts nobody."""
-    monkeypatch.setattr(receive, "is_loopback", lambda _: False)
+    monkeypatch.setattr(doorkeeper, "is_loopback", lambda _: False)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_handshakes_have_a_bound(
 ) -> None:
     receiver = start_receiver(dicom={"tls": tls(node, authority), "maximum_associations": 1})
     with socket.create_connection(("127.0.0.1", receiver.port)):
-        until(lambda: receiver._handshakes._value == 0)
+        until(lambda: receiver._door._handshakes._value == 0)
         with socket.create_connection(("127.0.0.1", receiver.port)) as second:
             second.settimeout(20)
             assert second.recv(1) == b""

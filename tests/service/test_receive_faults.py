@@ -239,7 +239,7 @@ def test_nobody_is_let_in_while_admission_fails(
     def fail(**_: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(receiver._admission, "judge", fail)
+    monkeypatch.setattr(receiver._door._admission, "judge", fail)
     with associated(receiver.port) as sender:
         assert sender.association.is_rejected
 
