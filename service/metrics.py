@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from models.errors import BundleError, RegistryError
 from models.registry import Registry
 from service.records.database import Records
+from service.records.fleet import jobs_no_worker_takes, live_workers
 from service.records.tables import (
     Delivery,
     DeliveryState,
@@ -58,6 +59,7 @@ class NodeCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._records.read() as session:
             yield from self._jobs(session)
+            yield from self._workers(session)
             yield from self._deliveries(session)
             yield self._series(session)
             yield self._alerts(session)
@@ -101,6 +103,15 @@ class NodeCollector(Collector):
         if last is not None:
             success.add_metric([], self._age_s(last))
         yield success
+
+    def _workers(self, session: Session) -> Iterator[Metric]:
+        live = live_workers(session, now=self._now)
+        yield _gauge("segnode_workers", "Workers that look for jobs, or hold one.", len(live))
+        yield _gauge(
+            "segnode_jobs_no_worker_takes",
+            "Jobs that wait and whose model no living worker takes.",
+            jobs_no_worker_takes(session, now=self._now),
+        )
 
     def _deliveries(self, session: Session) -> Iterator[Metric]:
         deliveries = GaugeMetricFamily(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, delete, exists, or_, select, update
+from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.records.database import change
@@ -62,6 +62,16 @@ def live_workers(session: Session, *, now: datetime, host: str | None = None) ->
     if host is not None:
         query = query.where(WorkerRow.host == host)
     return list(session.scalars(query))
+
+
+def jobs_no_worker_takes(session: Session, *, now: datetime) -> int:
+    """How many jobs wait whose model no worker takes that is alive: nobody would ever begin them."""
+    live = live_workers(session, now=now)
+    if any(not worker.models for worker in live):
+        return 0
+    taken = {name for worker in live for name in worker.models}
+    waiting = select(func.count()).where(Job.state == JobState.QUEUED, Job.model_name.not_in(taken))
+    return session.scalar(waiting) or 0
 
 
 def note_need(session: Session, job_id: str, *, more_than_bytes: int) -> None:

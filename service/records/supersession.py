@@ -44,7 +44,8 @@ def enqueue_newest(
 ) -> tuple[Job, bool]:
     """Put a job into the queue, and cancel the older ones of its series and model that have not ended.
 
-    Where the job is there already, its destinations are completed by those of ``new``.
+    Where the job is there already, its destinations are completed by those of ``new``, and of both priorities
+    it gets the higher.
 
     Parameters
     ----------
@@ -63,6 +64,7 @@ def enqueue_newest(
     """
     job, is_new = enqueue(session, new, at=at)
     if not is_new:
+        job.priority = max(job.priority, new.priority)
         add_destinations(session, job, new.destinations, profile_keys, at=at)
         add_refusal_destinations(session, job, new.refusal_destinations, profile_keys, at=at)
         return job, False

@@ -178,15 +178,16 @@ def markdown(log: Log) -> str:
 
 
 def into(document: str, table: str) -> str:
-    """A document with its marked table replaced.
+    """A document with its table replaced: the one between the same first and last line as the new one has.
 
     Raises
     ------
     ValueError
         If the document has no place marked for it.
     """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, *_, last = table.splitlines()
+    before, begin, rest = document.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"The document has no {BEGIN} ... {END}.")
+        raise ValueError(f"The document has no {first} ... {last}.")
     return before + table + after

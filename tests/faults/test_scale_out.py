@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fleet import fleet_settings, put_studies, running_of, worker_process
@@ -114,6 +115,32 @@ def test_jobs_are_done_while_the_broker_is_away_and_at_once_when_it_is_back(
             wait_until(lambda: node.jobs()[0].attempt == 2 and ended(node) == 1, 30, node._describe)
             broker.start()
             os.kill(worker.pid, 0)
+        node.records.close()
+
+
+def test_a_worker_of_its_own_for_a_model(tmp_path: Path, postgresql: PostgresServer) -> None:
+    with postgresql.database() as url:
+        settings = fleet_settings(url)
+        settings["routes"].append(settings["routes"][0] | {"name": "large", "model": "large"})
+        node = make_node(tmp_path / "node", **settings)
+        for name in ("threshold", "large"):
+            node.add_model(tmp_path / name, name=name)
+        put_studies(node, tmp_path, 2)
+
+        def states() -> dict[str, set[JobState]]:
+            return {
+                name: {job.state for job in node.jobs() if job.model_name == name}
+                for name in ("threshold", "large")
+            }
+
+        def only(name: str) -> dict[str, Any]:
+            return {**settings, "worker": {**settings["worker"], "models": [name]}}
+
+        with worker_process(tmp_path / "node", only("large")):
+            wait_until(lambda: ended(node) == 2, 60, node._describe)
+            assert states() == {"large": {JobState.SUCCEEDED}, "threshold": {JobState.QUEUED}}
+        with worker_process(tmp_path / "node", only("threshold")):
+            wait_until(lambda: ended(node) == 4, 60, node._describe)
         node.records.close()
 
 

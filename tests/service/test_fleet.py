@@ -17,6 +17,7 @@ from service.records.fleet import DEAD_AFTER_S, beat, live_workers, note_need, s
 from service.records.fleet_tables import UploadPromise
 from service.records.jobs import claim_job, enqueue
 from service.records.promises import STEP_BYTES, SharedPromises
+from service.records.supersession import enqueue_newest
 from service.records.tables import Job, JobOrigin
 from service.records.work import NewInput, NewJob
 from service.spool import Spool
@@ -54,6 +55,27 @@ def test_a_worker_takes_jobs_of_its_models_alone_and_the_most_urgent_first(recor
     assert take(records, models=["large"]) == large
     assert take(records, models=["large"]) is None
     assert take(records, models=["small", "other"]) == stat
+
+
+def test_what_is_urgent_comes_first_whichever_worker_asks(records: Records) -> None:
+    routine = [put(records, f"routine {number}") for number in range(2)]
+    urgent = [put(records, f"stat {number}", priority=100) for number in range(2)]
+    late = put(records, "later", priority=-1)
+    taken = [take(records, owner) for owner in ("one", "two", "two", "one", "two")]
+    assert set(taken[:2]) == set(urgent)
+    assert set(taken[2:4]) == set(routine)
+    assert taken[4] == late
+
+
+def test_an_urgent_route_makes_a_job_urgent_that_waits_already(records: Records) -> None:
+    waiting = put(records, "a")
+    first = put(records, "b", priority=50)
+    for priority in (100, -100):  # the second takes nothing back
+        with records.write() as session:
+            again = replace(NEW, input_key="a", priority=priority)
+            job, is_new = enqueue_newest(session, again, at=NOON)
+            assert (job.job_id, is_new) == (waiting, False)
+    assert [take(records), take(records)] == [waiting, first]
 
 
 def test_a_job_that_ran_out_of_memory_is_left_to_a_larger_worker_while_there_is_one(records: Records) -> None:

@@ -7,11 +7,14 @@ from datetime import timedelta
 import pytest
 from api_harness import STUDY, ApiHarness
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import select
 
 from service.metrics import render_metrics
 from service.records.deliveries import claim_delivery, park
 from service.records.events import record_event
+from service.records.fleet import beat, sign_off
 from service.records.jobs import refuse_job
+from service.records.tables import Job
 
 pytestmark = pytest.mark.both_engines
 
@@ -73,6 +76,34 @@ def test_jobs_and_deliveries_are_counted_as_they_stand(api: ApiHarness) -> None:
     assert value(samples, "segnode_oldest_pending_delivery_age_seconds") == 10
     assert value(samples, "segnode_alerts", kind="delivery.parked") == 1
     assert "delivery.sent" not in str(samples)
+
+
+def test_jobs_that_no_living_worker_takes_are_counted(api: ApiHarness) -> None:
+    api.enqueue()
+    with api.records.read() as session:
+        model_name = str(session.scalar(select(Job.model_name)))
+
+    def tell(owner: str, *models: str) -> None:
+        with api.records.write() as session:
+            beat(
+                session, owner=owner, host="h", models=models, memory_bytes=1, bell_heard_at=None, now=api.now
+            )
+
+    for owner, models, workers, left in (
+        (None, (), 0, 1),
+        ("gpu", ("other",), 1, 1),
+        ("cpu", (model_name,), 2, 0),
+    ):
+        if owner:
+            tell(owner, *models)
+        samples = read(api)
+        assert value(samples, "segnode_workers") == workers
+        assert value(samples, "segnode_jobs_no_worker_takes") == left
+    with api.records.write() as session:
+        sign_off(session, "cpu")
+    assert value(read(api), "segnode_jobs_no_worker_takes") == 1
+    tell("any")
+    assert value(read(api), "segnode_jobs_no_worker_takes") == 0
 
 
 def test_the_active_model_is_named_with_its_digest_while_it_can_run(api: ApiHarness) -> None:
