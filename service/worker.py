@@ -31,8 +31,8 @@ from service.logs import get_logger
 from service.records.database import LARGEST_CLOCK_OFFSET, Records
 from service.records.events import record_event
 from service.records.fleet import beat, sign_off
-from service.records.jobs import claim_job, reap_lapsed_jobs
-from service.records.leases import any_lease_lapsed, expire_leases, lease_owners
+from service.records.jobs import claim_job
+from service.records.leases import any_lease_lapsed, expire_leases, lease_owners, reap_lapsed_jobs
 from service.records.tables import Job, JobState
 from service.refusals import RefusalObjects
 from service.retention import Retention

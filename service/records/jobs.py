@@ -1,7 +1,7 @@
 """The life of a job, as the few transitions that are allowed.
 
     queued -> running -> succeeded | refused | failed
-    running -> queued    the attempt went wrong, or its lease lapsed, and tries are left
+    running -> queued    the attempt went wrong, or its lease lapsed (leases.py), and tries are left
     queued | running -> cancelled    its input was corrected or deleted
     refused | failed -> queued       a person asked for it
 
@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import and_, case, func, or_, select, update
+from sqlalchemy import case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.errors import SegnodeError
@@ -24,6 +24,7 @@ from service.errors import ConflictError, LostClaimError, NotFoundError
 from service.records.database import announce_work, change, lock_name
 from service.records.fleet import is_for
 from service.records.governance_tables import Purge
+from service.records.leases import RELEASED
 from service.records.outbox import queue_deliveries
 from service.records.tables import (
     Delivery,
@@ -183,9 +184,6 @@ def renew_lease(
     )
 
 
-_RELEASED: dict[str, Any] = {"lease_owner": None, "lease_expires_at": None}
-
-
 def succeed_job(
     session: Session,
     job_id: str,
@@ -212,7 +210,7 @@ def succeed_job(
         reason_code=None,
         reason=None,
         remedy=None,
-        **_RELEASED,
+        **RELEASED,
     )
     job = session.get_one(Job, job_id)
     results = [
@@ -249,7 +247,7 @@ def refuse_job(
         reason_code=code,
         reason=reason,
         remedy=remedy,
-        **_RELEASED,
+        **RELEASED,
     )
 
 
@@ -280,50 +278,15 @@ def fail_attempt(
         reason_code=error.code,
         reason=error.message,
         remedy=error.remedy,
-        **_RELEASED,
+        **RELEASED,
     )
     return JobState.FAILED if final else JobState.QUEUED
 
 
 def release_job(session: Session, job_id: str, attempt: int) -> None:
     """Give a job back unharmed: the node is stopping. Counts as nothing. Raises LostClaimError."""
-    _report(session, job_id, attempt, state=JobState.QUEUED, **_RELEASED)
+    _report(session, job_id, attempt, state=JobState.QUEUED, **RELEASED)
     announce_work(session)
-
-
-def reap_lapsed_jobs(session: Session, *, maximum_lapses: int, now: datetime) -> list[str]:
-    """Take back the jobs whose lease ran out: whoever held them is dead or stuck.
-
-    A lapse counts apart from a failure of the job itself; after ``maximum_lapses`` of them the job fails
-    for good. Returns the identifiers of the jobs taken back.
-    """
-    lapsed = session.scalars(
-        select(Job).where(Job.state == JobState.RUNNING, Job.lease_expires_at < now)
-    ).all()
-    reaped = []
-    for job in lapsed:
-        final = job.lapses + 1 >= maximum_lapses
-        values: dict[str, Any] = {"state": JobState.FAILED if final else JobState.QUEUED}
-        if final:
-            values |= {
-                "finished_at": now,
-                "reason_code": "WORKER_LOST",
-                "reason": f"The worker that ran this job died {maximum_lapses} times.",
-                "remedy": "Look for out-of-memory kills on the host, then retry the job.",
-            }
-        changed = change(
-            session,
-            update(Job)
-            .where(
-                and_(Job.job_id == job.job_id, Job.attempt == job.attempt, Job.state == JobState.RUNNING),
-                Job.lease_expires_at < now,
-            )
-            .values(lapses=Job.lapses + 1, **values, **_RELEASED),
-        )
-        if changed:
-            reaped.append(job.job_id)
-            announce_work(session)
-    return reaped
 
 
 def retry_job(session: Session, job_id: str) -> Job:
@@ -390,7 +353,7 @@ def cancel_jobs_of_instance(session: Session, instance_id: str, *, at: datetime)
     session.execute(
         update(Job)
         .where(for_these, Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
-        .values(state=JobState.CANCELLED, finished_at=at, **_RELEASED)
+        .values(state=JobState.CANCELLED, finished_at=at, **RELEASED)
     )
     session.execute(
         update(Delivery)

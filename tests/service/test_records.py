@@ -29,13 +29,13 @@ from service.records.jobs import (
     enqueue,
     fail_attempt,
     queue_length,
-    reap_lapsed_jobs,
     refuse_job,
     release_job,
     renew_lease,
     retry_job,
     succeed_job,
 )
+from service.records.leases import reap_lapsed_jobs
 from service.records.tables import (
     Delivery,
     DeliveryState,

@@ -29,14 +29,13 @@ from service.records.database import Records
 from service.records.jobs import (
     claim_job,
     fail_attempt,
-    reap_lapsed_jobs,
     refuse_job,
     release_job,
     renew_lease,
     retry_job,
     succeed_job,
 )
-from service.records.leases import expire_leases
+from service.records.leases import expire_leases, reap_lapsed_jobs
 from service.records.migrate import upgrade
 from service.records.supersession import cancel_superseded_deliveries, enqueue_newest
 from service.records.tables import (

@@ -26,7 +26,8 @@ from service.lease import LeaseOwner, is_proven_dead
 from service.records.database import utc_now
 from service.records.fleet import beat
 from service.records.fleet_tables import JobNeed
-from service.records.jobs import claim_job, enqueue, reap_lapsed_jobs
+from service.records.jobs import claim_job, enqueue
+from service.records.leases import reap_lapsed_jobs
 from service.records.tables import Delivery, Event, Job, JobOrigin, JobState, Result
 from service.records.work import NewInput, NewJob
 from service.settings import WorkerSettings
