@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from service.protocol import (
 
 CREATED_AT = datetime(2026, 3, 4, 5, 6, 7)  # noqa: DTZ001  # times in the records are naive
 PATIENT = "DOE^JANE"
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +272,26 @@ def test_a_result_has_a_plain_name(name: str) -> None:
     line["files"] = [{"kind": "labelmap", "name": name, "size_bytes": 1, "sha256": "0"}]
     with pytest.raises(AttemptError):
         parse_answer(Succeeded.model_construct(**line).model_dump_json(warnings=False).encode())
+
+
+def test_nothing_forks_a_process_with_threads() -> None:
+    """A fork takes one thread along, and every lock of the others as it is: runtimes then wait for ever."""
+    sources = [*(REPOSITORY / "service").rglob("*.py"), *(REPOSITORY / "models").rglob("*.py")]
+    assert len(sources) > 100
+    forking = {"multiprocessing", "concurrent.futures.process", "celery.concurrency", "pty"}
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module), *(f"{node.module}.{each.name}" for each in node.names)]
+            if isinstance(node, ast.Attribute):
+                names = [node.attr] if node.attr in ("fork", "forkpty", "ProcessPoolExecutor") else []
+                assert names == [], path
+            assert not any(name.partition(".")[0] in forking or name in forking for name in names), path
+            preparing = [key.arg for key in node.keywords] if isinstance(node, ast.Call) else []
+            assert "preexec_fn" not in preparing, path  # Python code between fork and exec
+
+
+def test_the_process_is_a_program_of_its_own_and_no_fork_of_the_worker(process: InferenceProcess) -> None:
+    command = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+    assert command[1:3] == [b"-m", b"service.child"]

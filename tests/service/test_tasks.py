@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -9,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scripted_child
 from redis_server import RedisServer
-from small_node import wait_until
+from small_node import make_node, wait_until
 
+from service import inference
+from service.records.database import utc_now
+from service.records.jobs import enqueue
+from service.records.tables import JobOrigin, JobState
+from service.records.work import NewInput, NewJob
 from service.tasks import RING, Listener, Ringer, make_app, ring_once
+from service.worker import Worker
 
 
 @pytest.fixture
@@ -111,6 +121,41 @@ def test_nothing_is_stored_in_the_broker_and_nothing_comes_back(server: RedisSer
             ring(server)
         kept = {key.decode() for key in client.keys("*")}
         assert kept <= {f"_kombu.binding.{RING}", f"_kombu.binding_permanent.{RING}"}
+
+
+def test_rings_that_come_twice_or_late_run_nothing_twice(
+    server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As brokers deliver again what was not acknowledged in time: the records say what there is to do."""
+    (tmp_path / "script.json").write_text(json.dumps(["succeed_after 0.5", "succeed"]))
+    monkeypatch.setattr(inference, "COMMAND", (sys.executable, scripted_child.__file__, str(tmp_path)))
+    node = make_node(tmp_path / "node", worker={"idle_poll_interval_s": 600.0, "runtime": "onnxruntime"})
+    node.add_model(tmp_path / "bundle")
+    stop = threading.Event()
+    with listener(server) as bell:
+        wait_until(lambda: bell.is_proven)
+        worker = Worker(node.settings, node.records, node.spool, node.registry, bell=bell)
+        thread = threading.Thread(target=worker.run, args=(stop,))
+        thread.start()
+        with node.records.write() as session:
+            new = NewJob(JobOrigin.UPLOAD, "threshold", "k", [NewInput("uploads/x.nii")])
+            enqueue(session, new, at=utc_now())
+        for _ in range(5):
+            ring(server)
+        wait_until((tmp_path / "0.given").exists)
+        for _ in range(5):
+            ring(server)
+        wait_until(lambda: node.jobs()[0].state is JobState.SUCCEEDED)
+        before = bell.rings
+        ring(server)  # much later
+        assert bell.wait(before, 10)
+        time.sleep(0.2)  # in which a worker that believed the ring would begin
+        stop.set()
+        thread.join(30)
+    assert not thread.is_alive()
+    assert [job.attempt for job in node.jobs()] == [1]
+    assert len(list(tmp_path.glob("*.given"))) == 1
+    node.records.close()
 
 
 @pytest.mark.parametrize("message", [b"", b"garbage", b"{}", b"[1, 2", b"\xff\xfe", b'{"body": "x"}'])

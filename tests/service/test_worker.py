@@ -273,6 +273,18 @@ def test_an_error_of_the_worker_itself_leaves_no_process_at_work(
     assert (job.state, job.lapses, job.failures) == (JobState.SUCCEEDED, 1, 0)
 
 
+def test_a_job_that_always_takes_all_memory_is_neither_lost_nor_run_for_ever(scene: Scene) -> None:
+    tries = scene.node.settings.worker.maximum_failures
+    scene.script(*["die SIGKILL"] * tries, "succeed")
+    scene.enqueue()
+    job = scene.run(times=tries)
+    assert (job.state, job.attempt, job.reason_code) == (JobState.FAILED, tries, "OUT_OF_MEMORY")
+    assert ("job.failed", True) in scene.events()
+    other = scene.enqueue("b")  # whatever it was, the next job has a process of its own
+    assert scene.run().job_id == other
+    assert {each.job_id: each.state for each in scene.node.jobs()}[other] is JobState.SUCCEEDED
+
+
 def test_a_model_that_cannot_be_loaded_fails_the_job(scene: Scene) -> None:
     scene.script("cannot_load")
     scene.enqueue()
