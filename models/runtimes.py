@@ -7,7 +7,9 @@ bfloat16 by itself where the processor has it, and CUDA would pick TF32; both ar
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -221,6 +223,9 @@ class _OnnxRuntime:
         providers: list[Any] = ["CPUExecutionProvider"]
         if cuda:
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+            # CUDA and cuDNN may lie in NVIDIA's wheels, where the system's loader does not look.
+            with contextlib.redirect_stdout(sys.stderr):  # it prints, and standard output is for results
+                onnxruntime.preload_dlls()
         try:
             self._session = onnxruntime.InferenceSession(serialized, options, providers=providers)
         except Exception as error:  # its errors share no base class but Exception

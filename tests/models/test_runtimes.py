@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from nnunet_reference import ReferenceModel, reference_model
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from models import runtimes
 from models.errors import RuntimeUnavailableError, UnsupportedModelError
 from models.linear_head import find_head, remove_head
 from models.memory import activation_bytes
-from models.runtimes import available_runtimes, choose_runtime, fix_shape, open_network
+from models.runtimes import available_runtimes, choose_runtime, fix_shape, open_model, open_network
 
 SHAPE = (1, 1, 16, 16, 16)
 CPU = [runtime for runtime in ("openvino", "onnxruntime") if runtime in available_runtimes()]
@@ -229,3 +231,68 @@ def test_activations_of_a_chain_are_the_largest_pair() -> None:
     fix_shape(model, (1, 4, 8, 8, 8))
     voxels = 8**3 * 4
     assert activation_bytes(model) == (4 + 9) * voxels + 9 * voxels
+
+
+@pytest.mark.skipif("openvino" not in CPU, reason="openvino is not installed")
+@pytest.mark.parametrize("channels", [16, 24])
+def test_a_norm_over_many_voxels_is_as_exact_as_one_over_few(channels: int) -> None:
+    """One float32 that takes up every voxel, most of them equal, is off by 1e-3: OpenVINO's own norm."""
+    shape = (1, 1, 64, 80, 65)
+    random = np.random.default_rng(0)
+    patch = np.full(shape, -0.7, np.float32)
+    patch[:, :, 16:48, 20:60, 16:50] = random.gamma(2.0, 1.0, (1, 1, 32, 40, 34))
+    weights = random.normal(size=(channels, 1, 1, 1, 1)).astype(np.float32)
+    scale, bias = (random.normal(size=channels).astype(np.float32) for _ in range(2))
+    nodes = []
+    for step, source in enumerate(("image", "active_0")):  # the first norm is written otherwise than the rest
+        kernel = "weights" if step == 0 else "square"
+        nodes += [
+            helper.make_node("Conv", [source, kernel], [f"conv_{step}"], kernel_shape=[1, 1, 1]),
+            helper.make_node("InstanceNormalization", [f"conv_{step}", "scale", "bias"], [f"norm_{step}"]),
+            helper.make_node("LeakyRelu", [f"norm_{step}"], [f"active_{step}"], alpha=0.01),
+        ]
+    square = random.normal(size=(channels, channels, 1, 1, 1)).astype(np.float32)
+    stored = {"weights": weights, "square": square, "scale": scale, "bias": bias}
+    graph = helper.make_graph(
+        nodes,
+        "norms",
+        [helper.make_tensor_value_info("image", 1, [1, *shape[1:]])],
+        [helper.make_tensor_value_info("active_1", 1, [1, channels, *shape[2:]])],
+        [numpy_helper.from_array(value, name) for name, value in stored.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    expected = patch.astype(np.float64)
+    for kernel in (weights, square):
+        expected = np.einsum("oi,bizyx->bozyx", kernel[:, :, 0, 0, 0].astype(np.float64), expected)
+        mean, variance = (f(expected, axis=(2, 3, 4), keepdims=True) for f in (np.mean, np.var))
+        factor = scale.reshape(1, -1, 1, 1, 1) / np.sqrt(variance + 1e-5)
+        expected = (expected - mean) * factor + bias.reshape(1, -1, 1, 1, 1)
+        expected = np.where(expected > 0, expected, 0.01 * expected)
+    network = open_model(model, runtime="openvino", patch_shape=shape, threads=1)
+    np.testing.assert_allclose(network(patch), expected, atol=1e-5 * float(np.abs(expected).max()))
+    network.close()
+
+
+def test_cuda_is_looked_for_in_the_wheels_before_it_is_started(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+
+    def preload_dlls() -> None:
+        done.append("preload")
+        print("Failed to load libcudart.so")
+
+    class Session:
+        def __init__(self, _model: bytes, _options: object, *, providers: list[object]) -> None:
+            done.append(str(providers[0]))
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload_dlls)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(RuntimeUnavailableError, match="could not start"):
+        open_network(path, runtime="onnxruntime-cuda", patch_shape=SHAPE)
+    assert done == ["preload", "('CUDAExecutionProvider', {'use_tf32': '0'})"]
+    assert capsys.readouterr().out == ""
