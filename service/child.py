@@ -104,22 +104,8 @@ def run_job(order: RunJob, bundle: Bundle, segmenter: pipeline.SegmentsVolumes, 
             )
         )
 
-    job = pipeline.PipelineJob(
-        channels=order.channels,
-        created_at=order.created_at,
-        output_dir=order.output_dir,
-        settings_digest=order.settings_digest,
-        supersedes=order.supersedes,
-        predecessors=order.predecessors,
-        profiles=order.profiles,
-        reading=order.reading,
-        channel_names=order.channel_names,
-        told_apart_by=order.told_apart_by,
-        alignment=order.alignment,
-        guard=order.guard,
-    )
     try:
-        outcome = pipeline.run(job, segmenter, bundle.manifest, bundle.digest, progress=advance)
+        outcome = pipeline.run(order.job, segmenter, bundle.manifest, bundle.digest, progress=advance)
     except Refusal as refusal:
         say(
             Refused(

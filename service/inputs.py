@@ -14,12 +14,10 @@ from models.nifti import read_nifti
 from models.volume import Labelmap, Volume
 from service.alignment import AlignedChannel, align, alignment_warnings
 from service.archive import dicom_files, extract, is_dicom, is_zip
-from service.channel_rules import IN_ORDER, AlignmentRules
+from service.channel_rules import AlignmentRules
 from service.dicom.series import GeometryPolicy, SourceSeries, read_series
 from service.guard import guard_modalities
-from service.guard_rules import USUAL_GUARD, GuardRules
-from service.reading import AS_USUAL, ReadingRules
-from service.routes import Route
+from service.pipeline_job import PipelineJob
 from service.straightening import Straightening, background_of
 from service.study_channels import channels_of_study
 
@@ -48,54 +46,29 @@ class PipelineInput:
         return labelmap if self.straightening is None else self.straightening.labels_forth(labelmap)
 
 
-def read_input(
-    channels: Sequence[Sequence[Path]],
-    manifest: Manifest,
-    scratch: Path,
-    *,
-    unpack_limit_bytes: int,
-    reading: ReadingRules = AS_USUAL,
-    channel_names: Sequence[str] = (),
-    told_apart_by: Route | None = None,
-    alignment: AlignmentRules = IN_ORDER,
-    guard: GuardRules = USUAL_GUARD,
-    for_objects: bool = True,
-) -> PipelineInput:
+def read_input(job: PipelineJob, manifest: Manifest, scratch: Path) -> PipelineInput:
     """Read every channel of a job onto one grid.
+
+    What a file is is told by its contents. Where no DICOM object will be made of the result, images that name
+    no patient or study are read too.
 
     Parameters
     ----------
-    channels : sequence of sequences of Path
-        The files of each channel, in the manifest's order or in that of ``channel_names``: DICOM files, or
-        one zip archive or folder of them, or one NIfTI file. What a file is is told by its contents.
     scratch : Path
         A folder for what archives hold; it is left as it was.
-    unpack_limit_bytes : int
-        How much an archive may unpack to.
-    reading : ReadingRules
-        How DICOM images are read.
-    channel_names : sequence of str
-        Which channel of the model each of ``channels`` is; the manifest's order unless given.
-    told_apart_by : Route, optional
-        Where one input holds a whole study for a model of several channels: the route whose rules tell its
-        series apart.
-    alignment : AlignmentRules
-        How several DICOM channels are brought together.
-    guard : GuardRules
-        What is done about a modality that is not the model's.
-    for_objects : bool
-        Whether DICOM objects will be made of the result. Where not, images that name no patient or study
-        are read too.
 
     Raises
     ------
     Refusal
         If the files are not one volume of one patient for each channel, or cannot be brought onto one grid.
     """
+    channels: Sequence[Sequence[Path]] = job.channels
+    channel_names: Sequence[str] = job.channel_names
+    limit_bytes = job.unpack_limit_bytes
     with ExitStack() as stack:
-        if told_apart_by is not None and len(channels) == 1 < len(manifest.channels):
-            files = stack.enter_context(_unpacked(channels[0], scratch / "study", unpack_limit_bytes))
-            channels, channel_names = channels_of_study(files, told_apart_by)
+        if job.told_apart_by is not None and len(channels) == 1 < len(manifest.channels):
+            files = stack.enter_context(_unpacked(channels[0], scratch / "study", limit_bytes))
+            channels, channel_names = channels_of_study(files, job.told_apart_by)
         if channel_names:
             channels = _in_the_models_order(channels, channel_names, manifest)
         _check_number(channels, manifest)
@@ -109,27 +82,27 @@ def read_input(
                 remedy="Give all channels in the same format.",
             )
         policy = GeometryPolicy(
-            gantry_tilt="refuse" if reading.gantry_tilt == "refuse" else "accept",
-            missing_identity="refuse" if for_objects else "accept",
+            gantry_tilt="refuse" if job.reading.gantry_tilt == "refuse" else "accept",
+            missing_identity="refuse" if job.profiles else "accept",
         )
         sources: list[SourceSeries] = []
         warnings: list[str] = []
         for number, (channel, paths) in enumerate(zip(manifest.channels, channels, strict=True)):
-            with _unpacked(paths, scratch / f"channel{number}", unpack_limit_bytes) as given:
+            with _unpacked(paths, scratch / f"channel{number}", limit_bytes) as given:
                 files, about_files = dicom_files(given)
-                rule = alignment.volumes.get(channel.name, reading.volume)
+                rule = job.alignment.volumes.get(channel.name, job.reading.volume)
                 source = read_series(files, policy=policy, volume=rule)
             sources.append(source)
             warnings += [*about_files, *source.warnings]
             if source.lossy:
                 warnings.append("The images were compressed with loss.")
-    warnings += guard_modalities(manifest, [source.modality for source in sources], guard)
-    reference = _reference(alignment, manifest)
+    warnings += guard_modalities(manifest, [source.modality for source in sources], job.guard)
+    reference = _reference(job.alignment, manifest)
     volume = sources[reference].volume
     aligned: tuple[AlignedChannel, ...] = ()
     if len(sources) > 1:
         wanted = [channel.name for channel in manifest.channels]
-        volume, aligned = align(sources, wanted, reference, alignment)
+        volume, aligned = align(sources, wanted, reference, job.alignment)
         warnings += alignment_warnings(aligned)
     first = sources[reference]
     ordered = (first, *(source for source in sources if source is not first))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
+from service.pipeline_job import PipelineJob
 from service.predecessors import predecessors_of
 from service.protocol import RunJob
 from service.records.supersession import superseded_objects
@@ -31,9 +33,12 @@ def order_of_job(
         channels[each.channel].append(spool.absolute(each.path))
         if each.channel_name is not None:
             names[each.channel] = each.channel_name
-    order = RunJob(
-        job_id=job_id,
-        attempt=attempt,
+    # Of an upload of several channels: as the first route to the model has them.
+    is_upload = job.origin is JobOrigin.UPLOAD
+    route = (
+        settings.route_with_channels(job.model_name) if is_upload else settings.route(job.route_name or "")
+    )
+    wanted = PipelineJob(
         channels=tuple(tuple(paths) for paths in channels),
         created_at=job.created_at,
         output_dir=output_dir,
@@ -42,14 +47,8 @@ def order_of_job(
         predecessors=predecessors_of(session, spool, job_id),
         profiles=settings.profiles_for(job.model_name, job.destinations),
         channel_names=tuple(names[number] for number in sorted(names)),
+        told_apart_by=route if is_upload else None,
     )
-    if job.origin is JobOrigin.UPLOAD:  # of several channels: as the first route to the model has them
-        route = settings.route_with_channels(job.model_name)
-    else:
-        route = settings.route(job.route_name or "")
-    if route is None:
-        return order
-    rules: dict[str, object] = {"reading": route.reading, "alignment": route.alignment, "guard": route.guard}
-    if job.origin is JobOrigin.UPLOAD:
-        rules["told_apart_by"] = route
-    return order.model_copy(update=rules)
+    if route is not None:
+        wanted = replace(wanted, reading=route.reading, alignment=route.alignment, guard=route.guard)
+    return RunJob(job_id=job_id, attempt=attempt, job=wanted)

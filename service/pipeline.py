@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,20 +23,15 @@ from models.manifest import Manifest, Precision
 from models.nifti import write_nifti
 from models.segmenter import Progress
 from models.volume import Labelmap, Volume
-from service.channel_rules import IN_ORDER, AlignmentRules
-from service.dicom.predecessors import Predecessor
 from service.dicom.segmentation import require_encodable
 from service.guard import guard_grid, guard_removed, guard_result
-from service.guard_rules import USUAL_GUARD, GuardRules
 from service.inputs import PipelineInput, read_input
 from service.overlay import draw_overlay
+from service.pipeline_job import LABELMAP, MEASUREMENTS, PREVIEW, PipelineJob
 from service.profiles import Profile
-from service.reading import AS_USUAL, ReadingRules
 from service.rendering import Finding, OutputFile, describe, most_objects, render
-from service.routes import Route
 from service.spool import fsync_directory, fsync_file
 
-LABELMAP, MEASUREMENTS, PREVIEW = "labelmap.nii.gz", "measurements.json", "preview.png"
 READ, WRITE, PROVE = "read", "write", "prove"
 
 # Where each stage lies on the way from 0 to 1; forward is nearly all of it.
@@ -59,58 +53,6 @@ class SegmentsVolumes(Protocol):
     @property
     def precision(self) -> Precision: ...
     def segment(self, volume: Volume, *, progress: Callable[[Progress], None] | None = None) -> Labelmap: ...
-
-
-@dataclass(frozen=True)
-class PipelineJob:
-    """What is to be segmented, and where the results go.
-
-    Parameters
-    ----------
-    channels : tuple of tuples of Path
-        The files of each channel, in the manifest's order: DICOM files, or one zip archive or folder of
-        them, or one NIfTI file.
-    created_at : datetime
-        When the job came into being, UTC and naive: the date in everything that is written.
-    output_dir : Path
-        The folder that will hold the results. It must not exist; it appears at once, complete.
-    settings_digest : str
-        SHA-256 of the settings that can change a result; part of every derived UID.
-    supersedes : tuple of str
-        SOP Instance UIDs of the objects that this result replaces.
-    predecessors : tuple of Predecessor
-        The same with all that a reference to them takes, where that is known.
-    profiles : tuple of Profile
-        The objects that destinations want: each profile is rendered once. Without any, no DICOM object is
-        made, and none of what only such an object needs is asked of the images.
-    reading : ReadingRules
-        How DICOM images are read.
-    channel_names : tuple of str
-        Which channel of the model each of ``channels`` is; the manifest's order unless given.
-    told_apart_by : Route, optional
-        Where one input holds a whole study for a model of several channels: the route whose rules tell its
-        series apart.
-    alignment : AlignmentRules
-        How several DICOM channels are brought together.
-    guard : GuardRules
-        What is only warned of, and what is refused.
-    unpack_limit_bytes : int
-        How much an archive may unpack to.
-    """
-
-    channels: tuple[tuple[Path, ...], ...]
-    created_at: datetime
-    output_dir: Path
-    settings_digest: str = ""
-    supersedes: tuple[str, ...] = ()
-    predecessors: tuple[Predecessor, ...] = ()
-    profiles: tuple[Profile, ...] = (Profile(),)
-    reading: ReadingRules = AS_USUAL
-    channel_names: tuple[str, ...] = ()
-    told_apart_by: Route | None = None
-    alignment: AlignmentRules = IN_ORDER
-    guard: GuardRules = USUAL_GUARD
-    unpack_limit_bytes: int = 16 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -157,18 +99,7 @@ def run(
     """
     with _complete_or_nothing(job.output_dir) as unfinished:
         progress(Progress(READ, 0, 1))
-        given = read_input(
-            job.channels,
-            manifest,
-            unfinished,
-            reading=job.reading,
-            channel_names=job.channel_names,
-            told_apart_by=job.told_apart_by,
-            alignment=job.alignment,
-            guard=job.guard,
-            for_objects=bool(job.profiles),
-            unpack_limit_bytes=job.unpack_limit_bytes,
-        )
+        given = read_input(job, manifest, unfinished)
         doubts = guard_grid(manifest, given.volume, job.guard)
         if given.sources and job.profiles:
             require_encodable(given.sources[0])

@@ -7,19 +7,13 @@ names the job and its attempt.
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from service.channel_rules import IN_ORDER, AlignmentRules
-from service.dicom.predecessors import Predecessor
 from service.errors import AttemptError
-from service.guard_rules import USUAL_GUARD, GuardRules
-from service.profiles import Profile
-from service.reading import AS_USUAL, ReadingRules
-from service.routes import Route
+from service.pipeline_job import PipelineJob
 
 MAXIMUM_LINE_BYTES = 16 * 1024**2  # the paths of 50,000 files fit
 
@@ -45,23 +39,12 @@ class OpenModel(_Line):
 
 
 class RunJob(_Line):
-    """To the process: one attempt at one job. See :class:`service.pipeline.PipelineJob`."""
+    """To the process: one attempt at one job."""
 
     line: Literal["run"] = "run"
     job_id: str
     attempt: int
-    channels: tuple[tuple[Path, ...], ...]
-    created_at: datetime
-    output_dir: Path
-    settings_digest: str
-    supersedes: tuple[str, ...] = ()
-    predecessors: tuple[Predecessor, ...] = ()
-    profiles: tuple[Profile, ...] = (Profile(),)
-    reading: ReadingRules = AS_USUAL
-    channel_names: tuple[str, ...] = ()
-    told_apart_by: Route | None = None
-    alignment: AlignmentRules = IN_ORDER
-    guard: GuardRules = USUAL_GUARD
+    job: PipelineJob
 
 
 class Ready(_Line):

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from models.volume import Labelmap
 from service.errors import AttemptError
 from service.guard_rules import GuardRules
 from service.inference import InferenceProcess
-from service.pipeline import LABELMAP
+from service.pipeline_job import LABELMAP, PipelineJob
 from service.protocol import Failed, OpenModel, Refused, RunJob, Succeeded
 from service.settings import Settings
 from service.watch import Stop, watch
@@ -108,11 +108,7 @@ class Trial:
             RunJob(
                 job_id="golden",
                 attempt=0,
-                channels=images,
-                created_at=_NO_TIME,
-                output_dir=self._folder,
-                settings_digest="",
-                guard=_ANY_INPUT,
+                job=PipelineJob(images, _NO_TIME, self._folder, guard=_ANY_INPUT),
             )
         )
 
@@ -120,9 +116,9 @@ class Trial:
         """Run a case; what goes wrong with it is part of the answer. Raises StoppingError."""
         self._count += 1
         output_dir = self._folder / str(self._count)
-        changes = {"output_dir": output_dir, "profiles": (), "supersedes": (), "attempt": self._count}
+        job = replace(order.job, output_dir=output_dir, profiles=(), supersedes=())
         try:
-            return self._attempt(order.model_copy(update=changes))
+            return self._attempt(RunJob(job_id=order.job_id, attempt=self._count, job=job))
         except SegnodeError as error:
             process, self._process = self._process, None
             if process is not None:
@@ -140,7 +136,7 @@ class Trial:
         if isinstance(answer, Failed):
             raise AttemptError(answer.code, answer.message)
         assert isinstance(answer, Succeeded)
-        labelmap = read_labelmap(order.output_dir / LABELMAP)
+        labelmap = read_labelmap(order.job.output_dir / LABELMAP)
         return TrialRun(seconds, peak, answer.runtime, answer.precision, labelmap)
 
     def _start(self) -> _TimedProcess:

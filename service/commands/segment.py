@@ -109,7 +109,8 @@ def segment(
     route = settings.route_with_channels(opened.manifest.name)
 
     from models.segmenter import Segmenter
-    from service.pipeline import PipelineJob, overall_fraction, run
+    from service.pipeline import overall_fraction, run
+    from service.pipeline_job import PipelineJob
     from service.profiles import Profile
     from service.records.database import utc_now
 

@@ -21,6 +21,7 @@ from models.segmenter import Progress, Segmenter
 from service import child, inference, pipeline
 from service.errors import AttemptError
 from service.inference import InferenceProcess
+from service.pipeline_job import PipelineJob
 from service.protocol import (
     Advance,
     Answer,
@@ -69,10 +70,7 @@ def order(out: Path, *channels: tuple[Path, ...], attempt: int = 1) -> RunJob:
     return RunJob(
         job_id="a" * 32,
         attempt=attempt,
-        channels=channels,
-        created_at=CREATED_AT,
-        output_dir=out,
-        settings_digest="s",
+        job=PipelineJob(channels, CREATED_AT, out, settings_digest="s"),
     )
 
 
@@ -95,7 +93,7 @@ def test_a_process_gives_what_the_pipeline_gives(
     assert [a.fraction for a in advances] == sorted(a.fraction for a in advances)
 
     segmenter = Segmenter(bundle, runtime="onnxruntime", threads=1)
-    job = pipeline.PipelineJob((series,), CREATED_AT, tmp_path / "ours", settings_digest="s")
+    job = PipelineJob((series,), CREATED_AT, tmp_path / "ours", settings_digest="s")
     outcome = pipeline.run(job, segmenter, bundle.manifest, bundle.digest)
     segmenter.close()
     assert [vars(file) for file in outcome.files] == [file.model_dump() for file in answer.files]

@@ -28,7 +28,8 @@ from models.volume import Labelmap
 from service import archive, rendering
 from service.channel_rules import AlignmentRules
 from service.errors import ProofError
-from service.pipeline import PipelineJob, PipelineOutcome, overall_fraction, run
+from service.pipeline import PipelineOutcome, overall_fraction, run
+from service.pipeline_job import PipelineJob
 
 CREATED_AT = datetime(2026, 3, 4, 5, 6, 7)  # noqa: DTZ001  # times in the records are naive
 THRESHOLDS = (100.5, 300.5)

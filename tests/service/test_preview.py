@@ -15,7 +15,8 @@ from models.nifti import read_nifti
 from models.segmenter import Segmenter
 from models.volume import Labelmap
 from service.overlay import draw_overlay
-from service.pipeline import PipelineJob, run
+from service.pipeline import run
+from service.pipeline_job import PipelineJob
 from service.records.jobs import succeed_job
 from service.records.tables import ResultKind, Role
 from service.records.work import NewResult, Outcome

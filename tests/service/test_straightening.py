@@ -18,7 +18,8 @@ from models.bundle import Bundle
 from models.errors import ReasonCode, Refusal
 from models.segmenter import Segmenter
 from models.volume import Affine, Labelmap, Volume
-from service.pipeline import PipelineJob, PipelineOutcome, run
+from service.pipeline import PipelineOutcome, run
+from service.pipeline_job import PipelineJob
 from service.reading import AS_USUAL, ReadingRules
 from service.straightening import Straightening, background_of
 

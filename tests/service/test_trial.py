@@ -52,7 +52,7 @@ def test_a_version_runs_its_golden_case_and_a_job_and_leaves_nothing(
         assert (run.runtime, run.precision) == ("onnxruntime", "float32")
         assert run.seconds > 0
         assert (run.peak_bytes or 0) > 30 * 1024**2
-        (api.spool.root / order(api, settings, job_id).channels[0][0]).write_bytes(b"damaged")
+        (api.spool.root / order(api, settings, job_id).job.channels[0][0]).write_bytes(b"damaged")
         refused = trial.run(order(api, settings, job_id))
         assert (refused.code, refused.labelmap) == ("UNREADABLE", None)
     assert api.spool_files() == before

@@ -560,7 +560,7 @@ def test_a_correction_while_the_job_runs_gives_the_result_of_the_corrected_serie
     finally:
         stop.set()
         thread.join(30)
-    right, wrong = scene.given(1)["channels"], scene.given(0)["channels"]
+    right, wrong = scene.given(1)["job"]["channels"], scene.given(0)["job"]["channels"]
     assert len(right[0]) == len(wrong[0]) == 8
     assert not {*right[0]} & {*wrong[0]}
     assert len(scene.results()) == 2

@@ -24,7 +24,7 @@ def say(line: str, **values: Any) -> None:
 
 
 def succeed(of: dict[str, Any], order: dict[str, Any], *, write: bool = True) -> None:
-    out = Path(order["output_dir"])
+    out = Path(order["job"]["output_dir"])
     files = []
     for kind, name, uid in (
         ("segmentation", "segmentation.dcm", f"2.25.{int(order['job_id'][:8], 16)}"),

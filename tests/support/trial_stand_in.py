@@ -59,7 +59,7 @@ class TrialStandIn:
         return self._run("golden", self._bundle.golden_image_paths)
 
     def run(self, order: RunJob) -> TrialRun:
-        return self._run(order.job_id, [path for (path,) in order.channels])
+        return self._run(order.job_id, [path for (path,) in order.job.channels])
 
     def _run(self, name: str, paths: Any) -> TrialRun:
         version = self._bundle.manifest.version
