@@ -5,6 +5,7 @@ Runs where SEGNODE_COMPOSE=1 says so, as root, with podman and podman-compose: s
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compose_site import START_TIMEOUT_S, ComposeSite, free_ports, patiently
+from papers import commands
 from pydicom import dcmread
 from pydicom.uid import generate_uid
 from running_node import until
@@ -131,6 +133,89 @@ def test_a_container_that_is_killed_comes_back_and_studies_go_on(
     site.until_back(service, site.kill(service))
     send_and_expect(site, destination, studies.new())
     site.until_ready()
+
+
+@pytest.mark.timeout(600)
+def test_the_audit_trail_has_the_address_of_the_client_and_not_what_it_says_of_itself(
+    site: ComposeSite,
+) -> None:
+    told = "203.0.113.5"
+    before = len(site.origins_of("access.refused"))
+    assert site.status_of("/api/v1/jobs", **{"X-Forwarded-For": told}) == 401
+    # Past the proxy, from a container beside it: its word does not count either.
+    ask = (
+        "import urllib.request, urllib.error\n"
+        "asked = urllib.request.Request('http://api:8080/api/v1/jobs')\n"
+        f"asked.add_header('X-Forwarded-For', '{told}')\n"
+        "try: urllib.request.urlopen(asked)\n"
+        "except urllib.error.HTTPError as error: print(error.code)"
+    )
+    assert site.compose("exec", "-T", "worker", "python3", "-c", ask).split() == ["401"]
+    client, neighbour = site.origins_of("access.refused")[before:]
+    assert client == site.host
+    assert neighbour == site.address_of("worker")
+
+
+@pytest.mark.timeout(1800)
+def test_the_documented_acceptance_passes(site: ComposeSite, tmp_path: Path) -> None:
+    (block,) = commands("acceptance.md", "# Site acceptance")
+    site.run_as_written([*block[:-1], block[-1].replace("acceptance.pdf", str(tmp_path / "acceptance.pdf"))])
+    assert (
+        (tmp_path / "acceptance.pdf").read_bytes().startswith(b"%PDF-")
+    )  # a failed check is an exit status 1
+
+
+def test_the_image_tells_what_is_inside(site: ComposeSite) -> None:
+    bill = json.loads(site.script("deploy/sbom"))
+    named = {component["name"] for component in bill["components"]}
+    assert {"pydicom", "openvino", "libc6", "segnode"} <= named
+    assert "torch" not in named
+
+
+@pytest.mark.timeout(3600)
+def test_the_documented_backup_is_restored_as_documented(
+    site: ComposeSite, destination: StorageScp, studies: Studies, tmp_path: Path
+) -> None:
+    study = studies.new()
+    send_and_expect(site, destination, study)
+    until(lambda: not site.get("/api/v1/deliveries?state=pending")["items"], RESULT_TIMEOUT_S, site.logs)
+    (before,) = site.jobs_of(study[0])
+    sent = references(destination, study[0])
+
+    def of_today(heading: str) -> list[str]:
+        (block,) = commands("operation.md", heading)
+        written = (("/var/backups/segnode", str(tmp_path / "backups")), ("2026-01-01", "$(date +%F)"))
+        for old, new in written:
+            block = [line.replace(old, new) for line in block]
+        return block
+
+    site.run_as_written(of_today("## Back up"))
+    lost = studies.new()
+    send_and_expect(site, destination, lost)
+    drill = of_today("## Restore")
+    checks = [line for line in drill if " exec -T worker " in line]
+    site.run_as_written(drill[: -len(checks)])
+    site.until_ready()
+    for line in checks:  # whether the PACS answers by now is up to it
+        patiently(lambda line=line: succeeds(site, line), START_TIMEOUT_S)  # type: ignore[misc]
+
+    (after,) = site.jobs_of(study[0])
+    assert (after["job_id"], after["state"]) == (before["job_id"], "succeeded")
+    send_and_expect(site, destination, studies.new())
+    assert references(destination, study[0]) == sent, "it had arrived before the backup"
+    assert site.status_of(f"/api/v1/studies/{lost[0]}", Authorization=site.authorization) == 404
+    arrived = references(destination, lost[0])
+    assert site.send(lost[1])
+    again = 2 * arrived  # what is sent again is computed again, and is the same object
+    until(lambda: references(destination, lost[0]) == again, RESULT_TIMEOUT_S, site.logs)
+
+
+def succeeds(site: ComposeSite, line: str) -> bool:
+    try:
+        site.run_as_written([line])
+    except AssertionError:
+        return False
+    return True
 
 
 @pytest.mark.timeout(3600)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import ssl
@@ -25,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STAND_INS = ("postgres", "broker", "proxy", "orthanc")
 SERVICES = ("postgres", "broker", "receiver", "api", "worker", "proxy", "orthanc")
 CALLING_AE_TITLE = "MODALITY"
+INSIDE = "10.213.7.0/24"
 START_TIMEOUT_S = 600.0
 
 
@@ -72,6 +74,8 @@ class ComposeSite:
             "CONTAINER_ENGINE": podman,
             "COMPOSE": f"{podman_compose} -p {self.project}",
             "PATH": f"{Path(podman).parent}:{os.environ['PATH']}",
+            "COMPOSE_PROFILES": "pacs",
+            "SEGNODE_INSIDE": INSIDE.removesuffix(".0/24"),
             **{f"{name.upper()}_IMAGE": f"localhost/stand-in-{name}:test" for name in STAND_INS},
         }
         self._secret = ""
@@ -90,7 +94,7 @@ class ComposeSite:
         (self.folder / "node.yaml").write_text(yaml.safe_dump(self._configuration()))
         self._run(["deploy/setup"])
         try:
-            self.compose("--profile", "pacs", "up", "-d")
+            self.compose("up", "-d")
             self.until_ready()
             self._run(["deploy/install-models"])
             arguments = ("segnode", "keys", "create", "test", "--role", "operator")
@@ -107,11 +111,16 @@ class ComposeSite:
 
     def close(self) -> None:
         if "SEGNODE_COMPOSE_KEEP" not in os.environ:
-            self.compose("--profile", "pacs", "down", "--volumes", "--timeout", "5")
+            self.compose("down", "--volumes", "--timeout", "5")
 
     def _configuration(self) -> dict[str, Any]:
         return {
-            "dicom": {"peers": [{"ae_title": CALLING_AE_TITLE, "addresses": ["0.0.0.0/0"]}]},
+            "dicom": {
+                "peers": [
+                    {"ae_title": CALLING_AE_TITLE, "addresses": ["0.0.0.0/0"]},
+                    {"ae_title": "PACS", "addresses": [INSIDE]},  # for the acceptance, as its paper says
+                ]
+            },
             "storage": {"low_watermark_bytes": 10**9, "reserve_bytes": 10**8},
             "worker": {"lease_s": 20},
             "delivery": {"first_retry_s": 1, "maximum_retry_s": 5},
@@ -129,6 +138,11 @@ class ComposeSite:
                 }
             ],
         }
+
+    @property
+    def authorization(self) -> str:
+        """The value of the header of the same name, with the test's own key."""
+        return f"Bearer {self._secret}"
 
     # --- Containers
 
@@ -183,6 +197,19 @@ class ComposeSite:
             ends.append(f"--- {service}\n{ended.stdout}")
         return "\n".join(ends)
 
+    def script(self, name: str) -> str:
+        """What a script of the repository says on standard output."""
+        return self._run([name])
+
+    def run_as_written(self, lines: Sequence[str]) -> str:
+        """Run commands of a paper in a shell: ``docker`` is the engine at hand, volumes are this site's."""
+        engine = (
+            'docker() { if [ "$1" = compose ]; then shift; '
+            f'{shlex.join(self._compose)} "$@"; else {shlex.quote(self._podman)} "$@"; fi; }}'
+        )
+        script = "\n".join(lines).replace(" segnode_", f" {self.project}_")
+        return self._run(["bash", "-euxo", "pipefail", "-c", f"{engine}\n{script}"])
+
     def _run(self, command: Sequence[str]) -> str:
         ended = subprocess.run(
             command,
@@ -212,11 +239,30 @@ class ComposeSite:
     def get(self, path: str) -> Any:
         """What the HTTP interface answers through the proxy, with the site's own certificate trusted."""
         trusted = ssl.create_default_context(cafile=str(self.folder / "secrets" / "tls_certificate"))
-        headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
+        headers = {"Authorization": self.authorization} if self._secret else {}
         with httpx.Client(verify=trusted, trust_env=False, timeout=60) as client:
             answer = client.get(f"https://localhost:{self.https_port}{path}", headers=headers)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def status_of(self, path: str, **headers: str) -> int:
+        """What the proxy answers at this machine's own address, which its certificate does not name."""
+        trusted = ssl.create_default_context(cafile=str(self.folder / "secrets" / "tls_certificate"))
+        trusted.check_hostname = False
+        with httpx.Client(verify=trusted, trust_env=False, timeout=60) as client:
+            return client.get(f"https://{self.host}:{self.https_port}{path}", headers=headers).status_code
+
+    def origins_of(self, kind: str) -> list[str]:
+        """Where those came from who did something, by the audit trail, the oldest first."""
+        query = f"SELECT origin FROM event WHERE kind = '{kind}' ORDER BY event_id"
+        return self.compose(
+            *("exec", "-T", "postgres", "psql", "-U", "segnode", "-d", "segnode", "-Atc", query)
+        ).split()
+
+    def address_of(self, service: str) -> str:
+        """The address of a service's container on the network inside."""
+        networks = self.inspect(service)["NetworkSettings"]["Networks"]
+        return str(networks[f"{self.project}_inside"]["IPAddress"])
 
     def until_ready(self) -> None:
         """Wait until the interface answers through the proxy, and the receiver a C-ECHO."""
