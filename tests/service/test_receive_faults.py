@@ -27,7 +27,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
-from service.dicom import incoming, receive
+from service.dicom import incoming, object_store
 from service.dicom.receive import Receiver
 from service.records.database import Records
 from service.records.instances import ReceivedInstance, Recorded, record_instance
@@ -362,7 +362,7 @@ def test_a_conflict_with_another_association_is_tried_again(
             raise IntegrityError("INSERT", {}, Exception("UNIQUE constraint failed"))
         return record_instance(session, received)
 
-    monkeypatch.setattr(receive, "record_instance", conflicting)
+    monkeypatch.setattr(object_store, "record_instance", conflicting)
     with associated(receiver.port) as sender:
         assert sender.store(make_object()) == status
     assert len(rows(records)) == len(files(node_spool)) == (status == 0x0000)
