@@ -13,6 +13,7 @@ import hashlib
 import queue
 import socket
 import tempfile
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -273,14 +274,22 @@ def arm_connection(association_socket: Any, timeout_s: float) -> None:
     """Make the connection of an association fit for peers that stall, lie, or send in small pieces.
 
     pynetdicom leaves it without a time-out, so that a peer that stops in the middle of a PDU holds a thread
-    for ever; it believes a PDU's length field, which may claim 4 GiB of memory; and it reads and writes in a
-    way in which Nagle's algorithm and delayed acknowledgements cost 40 ms an object.
+    for ever; it believes a PDU's length field, which may claim 4 GiB of memory; it reads and writes in a
+    way in which Nagle's algorithm and delayed acknowledgements cost 40 ms an object; and it leaves a socket
+    open that it fails to shut down, because the peer has gone first.
     """
     connection: socket.socket = association_socket.socket
     connection.settimeout(timeout_s)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     source = association_socket if isinstance(association_socket, SecureAssociationSocket) else connection
     association_socket.recv = partial(_receive, connection, source)
+    association_socket._shutdown_socket = partial(_shut_down, connection)
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def close_connection(event: Any) -> None:

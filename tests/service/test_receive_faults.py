@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import queue
 import socket
 import struct
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from pynetdicom.association import Association
 from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.pdu_primitives import P_DATA
+from pynetdicom.transport import AssociationSocket
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
@@ -539,3 +542,20 @@ def test_hundreds_of_associations_leave_no_thread_no_file_and_no_memory(start_re
     before = kept()
     use(180)
     assert eventually(lambda: all(now <= then + 3 for now, then in zip(kept(), before, strict=True)))
+
+
+def test_a_connection_whose_peer_has_gone_first_is_closed_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = socket.create_connection(listener.getsockname())
+        connection, _ = listener.accept()
+        assoc: Any = SimpleNamespace(dul=SimpleNamespace(event_queue=queue.Queue()))
+        association_socket = AssociationSocket(assoc, client_socket=connection)
+        incoming.arm_connection(association_socket, 5.0)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()  # by a reset: there is nothing left to shut down
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+        with pytest.raises(OSError, match="not connected"):
+            connection.shutdown(socket.SHUT_RDWR)
+        association_socket.close()
+    assert connection.fileno() == -1
