@@ -3,10 +3,10 @@
     python tests/benchmarks/scale_out.py [--studies 40] [--runs 3] [--convolutions 8] \
         [--log tests/benchmarks/results/scale-out.json] [--markdown deploy/SCALE-OUT.md]
 
-All runs share one database server, one spool and this machine's cores; every worker computes on one thread, one
-and two workers alternate, and the medians are told. With fewer idle cores than workers two are no faster than
-one: the load before each run stands in the log. ``--convolutions`` says how long a job computes, beside what it
-costs to be a job.
+All runs share one database server, one spool and this machine's cores; every worker computes on one thread,
+one and two workers alternate, and the medians are told. With fewer idle cores than workers two are no faster
+than one: the load before each run stands in the log. ``--convolutions`` says how long a job computes, beside
+what it costs to be a job.
 """
 
 from __future__ import annotations
