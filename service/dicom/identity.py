@@ -53,7 +53,7 @@ class Identity:
         sex = string(header, "PatientSex") or ""
         elements["PatientSex"] = sex if sex in ("M", "F", "O") else ""
         elements["StudyInstanceUID"] = uid(header, "StudyInstanceUID") or ""
-        if not text(header, "PatientID")[1]:
+        if not (text(header, "PatientID")[1] and text(header, "IssuerOfPatientID")[1]):
             elements["PatientID"] = ""  # bytes that no declared character set explains identify nobody
         return Identity(elements["StudyInstanceUID"], elements["PatientID"], elements)
 

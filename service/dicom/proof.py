@@ -89,7 +89,7 @@ def prove_identity(dataset: Dataset, identity: Identity) -> None:
     if string(dataset, "StudyInstanceUID") != identity.study_instance_uid:
         raise failed("its StudyInstanceUID is not that of the source")
     for keyword in ("PatientID", "IssuerOfPatientID", "PatientName"):
-        if text(dataset, keyword) != (identity.elements[keyword], True):
+        if text(dataset, keyword)[0] != identity.elements[keyword]:  # which may hold replacement characters
             raise failed(f"its {keyword} is not that of the source")
 
 
