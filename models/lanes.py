@@ -1,4 +1,4 @@
-"""The same network, cut to the width of the processor's vectors.
+"""The same network, cut to the width of the processor's vectors, and with sums that stay exact.
 
 A student of eight features fills half of a vector of sixteen floats: at full resolution, where most of the
 time goes, its convolutions reach half of the speed that those of sixteen features do, and its norms less.
@@ -9,6 +9,9 @@ layers are written so that they work on both at once:
   zeros where a neighbour does not look. Of 3x3x3 weights it multiplies a third more, in half the time.
 - A norm takes its statistics of whole rows along x, then of the row, and leaves one multiply and one add,
   which the runtime does together with what follows: activation, and the addition of a residual block.
+  So it does for any number of features where there are many voxels: the runtime's own norm adds them all up
+  in one float32. In a patch of 80 x 96 x 80 voxels, half of them air, that made the normalised values wrong
+  by 1e-3 of themselves, and logits by 0.01; sums of sums are right to 1e-6.
 - An average pooling in front of a 1x1x1 convolution becomes part of it.
 
 Between such layers a tensor is held as rows, (Z, Y, X * C), which is the same memory. What else reads it
@@ -37,7 +40,7 @@ _ELEMENTWISE = frozenset({"Add", "LeakyRelu", "Relu"})
 
 
 def widen(model: onnx.ModelProto, lanes: int) -> onnx.ModelProto:
-    """An equal network whose narrow layers fill vectors of ``lanes`` floats.
+    """An equal network whose narrow layers fill vectors of ``lanes`` floats, and whose large norms are exact.
 
     Parameters
     ----------
@@ -191,8 +194,13 @@ class _Widening:
         shape = self._shape(norm.output[0])
         scale, bias = (self._weights.get(name) for name in norm.input[1:])
         first, self._norms = self._norms == 0, self._norms + 1
-        if norm.input[0] not in self._rows or shape is None or scale is None or bias is None:
+        if shape is None or scale is None or bias is None:
             return False
+        if norm.input[0] not in self._rows:
+            if math.prod(shape[2:]) < _LEAST_VOXELS:
+                return False
+            self._keep_as_rows(norm.input[0], norm.input[0])
+            self._read_as_volume.add(norm.input[0])  # which it still is
         _, channels, _, height, width = shape
         rows = self._rows[norm.input[0]]
         mean = self._mean_of_rows(self._node("ReduceMean", rows, self._axes(1), keepdims=1), width, channels)
@@ -232,10 +240,13 @@ class _Widening:
         del self._graph.output[:]
         self._graph.output.append(helper.make_tensor_value_info(last, kind, [*shape, channels]))
 
-    def _keep_as_rows(self, name: str, pairs: str) -> None:
-        """``pairs`` is (1, 2 * C, Z, Y, X / 2): with channels innermost, the memory of (Z, Y, X * C)."""
+    def _keep_as_rows(self, name: str, source: str) -> None:
+        """``source`` is (1, C, Z, Y, X), or in pairs (1, 2 * C, Z, Y, X / 2).
+
+        Either is with channels innermost the memory of (Z, Y, X * C).
+        """
         _, channels, depth, height, width = self._shapes[name]
-        last = self._node("Transpose", pairs, perm=[0, 2, 3, 4, 1])
+        last = self._node("Transpose", source, perm=[0, 2, 3, 4, 1])
         self._rows[name] = self._node("Reshape", last, self._axes(depth, height, width * channels))
 
     def _give_as_volume(self, name: str) -> None:
@@ -248,8 +259,12 @@ class _Widening:
         self._nodes.append(helper.make_node("Transpose", [last], [name], perm=[0, 4, 1, 2, 3]))
 
     def _mean_of_rows(self, rows: str, width: int, channels: int) -> str:
-        """(Z, 1, X * C) to the mean of each channel, (1, C)."""
-        row = self._node("ReduceMean", rows, self._axes(0), keepdims=1)
+        """(Z, 1, X * C) to the mean of each channel, (1, C).
+
+        The reshaping keeps the runtime from making one long sum of two means in a row.
+        """
+        planes = self._node("Reshape", rows, self._axes(-1, width * channels))
+        row = self._node("ReduceMean", planes, self._axes(0), keepdims=1)
         voxels = self._node("Reshape", row, self._axes(width, channels))
         return self._node("ReduceMean", voxels, self._axes(0), keepdims=1)
 

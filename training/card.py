@@ -72,8 +72,8 @@ def _provenance(manifest: Manifest) -> str:
         names = [label.name for label in manifest.labels if label.value in rules.largest_component_of_labels]
         what = ["all labels together"] * rules.largest_component_of_foreground + names
         rows.append(
-            f"- Of these the largest connected component alone is kept: {', '.join(what)}; a result that loses "
-            f"more than {rules.maximum_removed_share:.0%} of its voxels so is doubtful"
+            f"- Of these the largest connected component alone is kept: {', '.join(what)}; a result that so "
+            f"loses more than {rules.maximum_removed_share:.0%} of its voxels is doubtful"
         )
     return "\n".join(rows)
 

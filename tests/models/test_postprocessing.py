@@ -1,4 +1,4 @@
-"""Only the largest component is kept: as nnU-Net does it, told to the voxel, and in no more memory than said."""
+"""Only the largest component is kept: as nnU-Net does it, told to the voxel, in no more memory than said."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def test_the_engine_does_it_on_the_grid_of_the_input_and_says_so(tmp_path: Path)
     assert islands == 1
     assert np.array_equal(after.array, expected)
     assert after.removed == Removed(
-        1, {int(v): int((lost == v).sum()) for v in np.unique(lost)}, lost.size / np.count_nonzero(before.array)
+        1,
+        {int(v): int((lost == v).sum()) for v in np.unique(lost)},
+        lost.size / np.count_nonzero(before.array),
     )
     (sentence,) = guard_removed(asking.manifest, after)
     assert f"1, together {lost.size * 2 / 1000:.3g} mL" in sentence
