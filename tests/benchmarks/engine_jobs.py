@@ -37,18 +37,26 @@ class Clock:
 
 
 def measure_nnunet(job: dict[str, Any], clock: Clock) -> dict[str, Any]:
-    """Stock nnU-Net from file to file: its reader, preprocessor, predictor and exporter."""
-    import contextlib
-    import io
-
+    """Stock nnU-Net on the random weights of `engine.Bench.model`."""
     import torch
     from nnunet_reference import ReferenceModel
-    from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
     torch.set_num_threads(job["threads"])
     with clock.on("load"):
         saved = torch.load(Path(job["model"]) / "model.pt", weights_only=False)
         predictor = ReferenceModel(saved["plans"], saved["dataset"], None, saved["parameters"]).predictor()
+    predict_file(predictor, job, clock)
+    return {}
+
+
+def predict_file(predictor: Any, job: dict[str, Any], clock: Clock) -> None:
+    """Stock nnU-Net from ``image`` to ``out``: its reader, preprocessor, predictor and exporter."""
+    import contextlib
+    import io
+
+    import torch
+    from nnunetv2.inference.export_prediction import export_prediction_from_logits
+
     predictor._internal_maybe_mirror_and_predict = clock.around(
         "forward", predictor._internal_maybe_mirror_and_predict
     )
@@ -70,7 +78,6 @@ def measure_nnunet(job: dict[str, Any], clock: Clock) -> dict[str, Any]:
                 logits, properties, configuration, plans, predictor.dataset_json,
                 job["out"].removesuffix(".nii.gz"), num_threads_torch=job["threads"],
             )  # fmt: skip
-    return {}
 
 
 def measure_engine(job: dict[str, Any], clock: Clock) -> dict[str, Any]:

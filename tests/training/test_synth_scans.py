@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from tiny_head import write_tiny_heads
 
 from models.manifest import CodedConcept, Label, Laterality
 from models.nifti import read_labelmap, read_nifti
-from models.volume import Labelmap, Volume
+from models.volume import Labelmap, Removed, Volume
 from training.errors import TrainingDataError
 from training.golden_files import write_image
 from training.preprocess import write_json
-from training.synthesis import cases, consistency, golden, real_scans
+from training.synthesis import cases, consistency, golden, plausible, real_scans, scan_report
 from training.synthesis.label_maps import LabelMapFolder
+from training.synthesis.structures import STRUCTURES
 
 RAS_MM = np.diag([-1.0, -1.0, 1.0, 1.0])
 CONCEPT = CodedConcept(value="1", meaning="x")
@@ -101,10 +103,18 @@ class TestRealScans:
         assert measured.asymmetry == {"cerebral cortex": 0.4}
         assert measured.spacing_mm == (1.0, 1.0, 1.0)
 
-    def test_tissues_are_compared_where_one_is_likelier(self) -> None:
+    def test_what_postprocessing_left_out_is_told(self) -> None:
+        volume, labelmap = head()
+        assert real_scans.measure("head", volume, labelmap, PAIR, 1.0).islands == 0
+        less = replace(labelmap, removed=Removed(2, {1: 30, 2: 12}, 0.04))
+        measured = real_scans.measure("head", volume, less, PAIR, 1.0)
+        assert (measured.islands, measured.removed_ml) == (2, 0.042)
+
+    def test_tissues_are_compared_where_they_are_over_one_half(self) -> None:
         _, labelmap = head()
         grey = np.isin(labelmap.array, [1, 2]).astype(np.float32)
         grey[5:15, 5:15, 2:5] = 0  # 300 of the 1000 voxels are no grey matter
+        grey[0, 0, 1] = 0.49
         white = np.zeros_like(grey)
         white[0, 0, 0] = 1
         maps_of = {k: Volume(v[None] * 255, RAS_MM) for k, v in (("grey", grey), ("white", white))}
@@ -182,8 +192,96 @@ class TestConsistency:
         arguments = [str(tmp_path / "bundle"), str(tmp_path / "out.json"), str(tmp_path / "one.nii.gz")]
         monkeypatch.setattr(sys, "argv", ["consistency", *arguments])
         consistency.main()
-        found = json.loads((tmp_path / "out.json").read_text())["volumes_ml"]
+        content = json.loads((tmp_path / "out.json").read_text())
+        found, reference = content["volumes_ml"], content["reference"]
+        for name, wanted in found[reference].items():
+            off = max(abs(volumes[name] - wanted) for volumes in found.values())
+            beyond = off > content["tolerance"][name] * wanted or not wanted
+            assert (name in content["beyond_tolerance"]) == beyond
         assert set(found) == {"1x1x1"} | {f"1x1x{t} {p}" for t in (3, 6) for p in consistency.PLANES}
+
+    def test_small_structures_may_differ_by_more(self) -> None:
+        assert [consistency.tolerance(ml) for ml in (200.0, 10.0, 9.9, 1.0, 0.5)] == [
+            0.1,
+            0.1,
+            0.2,
+            0.2,
+            0.35,
+        ]
+
+
+class TestReport:
+    def test_every_structure_of_the_bundle_has_a_limit_of_asymmetry(self) -> None:
+        sided = {s.name.removeprefix("Left ") for s in STRUCTURES if s.side == "left"}
+        assert set(plausible.SYMMETRIC_WITHIN) == sided
+        assert set(plausible.PUBLISHED) <= sided
+
+    @pytest.mark.parametrize(
+        ("name", "left", "right", "fine"),
+        [
+            ("caudate", 3.0, 3.0, True),
+            ("caudate", 6.0, 6.0, False),
+            ("caudate", 2.0, 2.0, False),
+            ("hippocampus", 3.0, 3.0, True),
+            ("hippocampus", 1.0, 5.0, False),
+            ("pallidum", 1.0, 1.0, None),
+        ],
+    )
+    def test_volumes_are_held_against_what_was_published(
+        self, name: str, left: float, right: float, fine: bool | None
+    ) -> None:
+        assert plausible.is_published(name, left, right) is fine
+
+    def test_the_tables_mark_what_is_doubtful(self) -> None:
+        volume, labelmap = head()
+        caudate = (label(1, "Left caudate", Laterality.LEFT), label(2, "Right caudate", Laterality.RIGHT))
+        stem = label(3, "Brain stem", None, (0.1, 0.2))
+        less = replace(labelmap, removed=Removed(2, {1: 30, 2: 12}, 0.04))
+        scans = {
+            "scans": [asdict(real_scans.measure("one", volume, less, (*caudate, stem), 1.25))],
+            "icbm152_tissue_dice": {"grey": 0.8125, "white": 0.75},
+        }
+        volumes = {"Left caudate": 3.0, "Brain stem": 20.0}
+        content = {
+            "reference": "1x1x1",
+            "volumes_ml": {"1x1x1": volumes, "1x1x6 axial": {"Left caudate": 3.3, "Brain stem": 15.0}},
+            "tolerance": {"Left caudate": 0.2, "Brain stem": 0.1},
+            "beyond_tolerance": ["Brain stem"],
+        }
+        text = scan_report.report((*caudate, stem), scans, content)
+        assert "| caudate |  /  | 5.45 to 10.5 for both | ***0.6 / 0.4*** |" in text
+        assert "| Brain stem | 0.1 to 0.2 |  | **0** |" in text
+        assert "| one | 20x20x20 | 1x1x1 | 1.2 | 1 of 3 | 2: 0.042 mL |" in text
+        assert "deep grey 0.812, white matter 0.750" in text
+        assert "| Left caudate (3 mL) | 20% | +10.0% |  |" in text
+        assert "| Brain stem (20 mL) | 10% | -25.0% | beyond |" in text
+        assert "1 of 2 structures stay within their tolerance." in text
+        assert "e0147332" in text
+
+    def test_the_command_fills_the_document_and_refuses_figures_of_another_bundle(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bundle = make_threshold_bundle(tmp_path / "bundle")
+        volume, labelmap = head()
+        measured = asdict(real_scans.measure("one", volume, labelmap, bundle.manifest.labels, 1.0))
+        document = tmp_path / "README.md"
+        document.write_text(f"before\n{scan_report.BEGIN}\nobsolete\n{scan_report.END}\nafter\n")
+        arguments = [str(tmp_path / "bundle"), str(tmp_path), str(document)]
+        monkeypatch.setattr(sys, "argv", ["scan_report", *arguments])
+        write_json(tmp_path / "scans.json", {"bundle_digest": bundle.digest, "scans": [measured]})
+        scan_report.main()
+        once = document.read_text()
+        assert once.startswith("before\n")
+        assert once.endswith("after\n")
+        assert "obsolete" not in once
+        assert "| low |" in once
+        scan_report.main()
+        assert document.read_text() == once
+        write_json(tmp_path / "scans.json", {"bundle_digest": "0" * 64, "scans": [measured]})
+        with pytest.raises(TrainingDataError, match="another bundle"):
+            scan_report.main()
+        with pytest.raises(TrainingDataError, match="has no"):
+            scan_report.into("unmarked", "text")
 
 
 def test_the_golden_image_is_the_whole_template_at_2_mm() -> None:

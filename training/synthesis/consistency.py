@@ -20,6 +20,16 @@ PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
 """Which axis of an RAS array (z, y, x) the slices of a plane are stacked along."""
 
 THICKNESSES_MM = (1.0, 3.0, 6.0)
+REFERENCE = "1x1x1"
+
+
+def tolerance(volume_ml: float) -> float:
+    """By how much the volume of a structure may differ between acquisitions, as a share of it.
+
+    A tenth from 10 mL on, a fifth from 1 mL on, and 0.35 below: in slices of 6 mm a structure of 1 mL, about
+    10 mm across, has two slices, and half of a slice more or less is a quarter of it.
+    """
+    return 0.10 if volume_ml >= 10 else 0.20 if volume_ml >= 1 else 0.35
 
 
 def reacquired(volume: Volume, axis: int, thickness_mm: float) -> Volume:
@@ -75,15 +85,23 @@ def main() -> None:
             for plane, axis in PLANES.items():
                 if thickness == THICKNESSES_MM[0] and found:
                     continue  # without thick slices the three planes are one
-                name = "1x1x1" if thickness == THICKNESSES_MM[0] else f"1x1x{thickness:g} {plane}"
+                name = REFERENCE if thickness == THICKNESSES_MM[0] else f"1x1x{thickness:g} {plane}"
                 volumes = segmenter.segment(reacquired(volume, axis, thickness)).volumes_ml()
                 found[name] = {
                     label.name: round(volumes.get(label.value, 0.0), 3) for label in bundle.manifest.labels
                 }
     finally:
         segmenter.close()
-    largest = deviations(found, "1x1x1")
-    content = {"bundle_digest": bundle.digest, "volumes_ml": found, "largest_relative_deviation": largest}
+    largest = deviations(found, REFERENCE)
+    allowed = {label: tolerance(volume) for label, volume in found[REFERENCE].items()}
+    content = {
+        "bundle_digest": bundle.digest,
+        "reference": REFERENCE,
+        "volumes_ml": found,
+        "largest_relative_deviation": largest,
+        "tolerance": allowed,
+        "beyond_tolerance": [label for label, deviation in largest.items() if deviation > allowed[label]],
+    }
     arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -31,7 +31,7 @@ WHITE = ("white matter", "Brain stem", "ventral diencephalon")
 
 @dataclass(frozen=True)
 class Measured:
-    """One scan: the volume of each label in mL, and how the two sides compare."""
+    """One scan: the volume of each label in mL, how the two sides compare, what post-processing left out."""
 
     scan: str
     shape_zyx: tuple[int, ...]
@@ -40,6 +40,8 @@ class Measured:
     volumes_ml: dict[str, float]
     outside: tuple[str, ...]
     asymmetry: dict[str, float]
+    islands: int = 0
+    removed_ml: float = 0.0
 
 
 def read_scan(path: Path) -> Volume:
@@ -95,22 +97,26 @@ def measure(
         volumes_ml=volumes,
         outside=outside,
         asymmetry=asymmetry,
+        islands=0 if labelmap.removed is None else labelmap.removed.islands,
+        removed_ml=0.0
+        if labelmap.removed is None
+        else round(sum(labelmap.removed.voxels.values()) * labelmap.voxel_volume_ml, 3),
     )
 
 
 def tissue_dice(
     labelmap: Labelmap, labels: Sequence[Label], tissues: Mapping[str, Volume]
 ) -> dict[str, float]:
-    """Dice of grey and of white matter with probability maps on the same grid, each voxel to the likelier.
+    """Dice of grey and of white matter with probability maps on the same grid, where these are over one half.
 
     Cortex and deep nuclei count as grey; cerebral and cerebellar white matter, brain stem and ventral
-    diencephalon as white. A voxel whose grey and white together are under one half is neither.
+    diencephalon as white.
     """
-    grey, white = (tissues[k].array[0] / tissues[k].array.max() for k in ("grey", "white"))
+    grey, white = (tissues[k].array[0] / tissues[k].array.max() > 0.5 for k in ("grey", "white"))
     result = {}
     for name, words, reference in (
-        ("grey", GREY, (grey > white) & (grey + white > 0.5)),
-        ("white", WHITE, (white >= grey) & (grey + white > 0.5)),
+        ("grey", GREY, grey),
+        ("white", WHITE, white),
     ):
         values = [label.value for label in labels if any(word in label.name for word in words)]
         mask = np.isin(labelmap.array, values)

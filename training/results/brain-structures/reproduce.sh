@@ -6,7 +6,8 @@
 #   WORK_FOLDER  where everything goes; a run that was stopped goes on from its last epoch
 #   SPACING      2mm (a CPU can do it; the default) or 1mm (a GPU)
 #   RECIPE       which runs: by default the student without a teacher whose channels are multiples of 16 at
-#                2 mm, which starts from one at 4 mm, and at 1 mm the teacher and its students
+#                2 mm, in three parts, each from the weights of the one before (4 mm, 2 mm with small classes
+#                weighing more, 2 mm); and at 1 mm the teacher and its students
 # START=FOLDER goes on from a trained student: START=training/results/brain-structures/student reproduce.sh
 # MAPS SCANS WORK_FOLDER 2mm brain-none-1of4by16-2mm is the shipped student with ten times its budget.
 # CHECKPOINT=best makes the bundle of the best epoch so far (while a run goes on, too: TRAIN=no).
@@ -15,13 +16,17 @@ set -eu
 maps=$1 scans=$2 work=$3 spacing=${4:-2mm}
 [ $# -gt 4 ] && shift 4 || set -- $([ "$spacing" = 1mm ] &&
     echo brain-teacher-1mm brain-none-1of4-1mm brain-logits-1of4-1mm brain-dcd-1of4-1mm brain-dcd-logits-1of4-1mm ||
-    echo brain-none-1of4by16-2mm-short)
+    echo brain-none-1of4by16-2mm-last)
 here=training/results/brain-structures
 split=training/results/brain-split.json
 checkpoint=${CHECKPOINT:-final}
 plans=$work/plans-$spacing
 teacher=$work/brain-teacher-$spacing
 found() { ls -d "$1"/results/*/*__3d_fullres; }
+part() { # part RECIPE TEACHER_OR_PLANS START: train, or go on
+    segnode-train distill "$2" "$maps" --recipe "training/recipes/$1.yaml" --split "$split" \
+        ${3:+--start-from "$3"} -o "$work/$1"
+}
 
 python -m training.synthesis.plans "$spacing" "$plans"
 [ -d "$work/claim/images" ] || python -m training.synthesis.cases "$maps" "$split" claim "$work/claim"
@@ -32,15 +37,13 @@ for recipe in "$@"; do
     case $recipe in *logits*|*dcd*) from=$(found "$teacher") ;; esac
     if [ "${TRAIN:-yes}" = yes ]; then
         start=${START:-}
-        if [ "$recipe" = brain-none-1of4by16-2mm-short ] && [ -z "$start" ]; then
-            coarse=brain-none-1of4by16-4mm
+        if [ "$recipe" = brain-none-1of4by16-2mm-last ] && [ -z "$start" ]; then
             python -m training.synthesis.plans 4mm "$work/plans-4mm"
-            segnode-train distill "$work/plans-4mm" "$maps" --recipe "training/recipes/$coarse.yaml" \
-                --split "$split" -o "$work/$coarse"
-            start=$(found "$work/$coarse")
+            part brain-none-1of4by16-4mm "$work/plans-4mm" ""
+            part brain-none-1of4by16-2mm-short "$plans" "$(found "$work/brain-none-1of4by16-4mm")"
+            start=$(found "$work/brain-none-1of4by16-2mm-short")
         fi
-        segnode-train distill "$from" "$maps" --recipe "training/recipes/$recipe.yaml" --split "$split" \
-            ${start:+--start-from "$start"} -o "$work/$recipe"
+        part "$recipe" "$from" "$start"
     fi
     bundle=$work/bundles/$recipe
     rm -rf "$bundle"
@@ -51,4 +54,5 @@ for recipe in "$@"; do
     python -m training.synthesis.real_scans "$bundle" "$work/scans/$recipe" \
         $(find "$scans" -mindepth 1 -maxdepth 1 2>/dev/null)
     python -m training.synthesis.consistency "$bundle" "$work/scans/$recipe/consistency.json"
+    python -m training.synthesis.scan_report "$bundle" "$work/scans/$recipe" "$here/README.md"
 done
