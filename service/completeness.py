@@ -221,11 +221,20 @@ class Completeness:
                 detail["supersedes"] = job.supersedes_job_id
             self._tell(session, "job.queued", job.job_id, now, detail=detail)
         else:
-            self._tell_what_is_ignored(session, route, job, now)
+            self._tell_what_is_ignored(session, route, new, job, now)
         return int(is_new)
 
-    def _tell_what_is_ignored(self, session: Session, route: Route, job: Job, now: datetime) -> None:
-        """One model gives one result of one series: the route that came first has chosen how."""
+    def _tell_what_is_ignored(
+        self, session: Session, route: Route, new: NewJob, job: Job, now: datetime
+    ) -> None:
+        """One model gives one result of one series: the route that came first has chosen how.
+
+        Two series of one study whose instances bear the same UIDs break the standard (PS3.5 section 9). Their
+        results would bear the same UIDs as well, so the second series has none, and a person must look.
+        """
+        if None not in (new.series_id, job.series_id) and new.series_id != job.series_id:
+            detail: dict[str, object] = {"route": route.name, "job_id": job.job_id}
+            self._tell(session, "series.same_instances", str(new.series_id), now, alert=True, detail=detail)
         if job.requested_version != route.version:
             detail = {"route": route.name, "version": route.version, "used": job.requested_version}
             self._tell(session, "route.version_ignored", job.job_id, now, alert=True, detail=detail)

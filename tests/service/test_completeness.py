@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from phantom import write_classic_series, write_enhanced_series
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, JPEG2000Lossless
 from small_node import AFFINE, SmallNode, image_array, make_node
@@ -173,6 +174,27 @@ def test_two_routes_to_one_model_give_one_job_with_the_destinations_of_both(new_
         assert sorted(session.scalars(select(Delivery.destination))) == ["PACS", "VNA"]
     (ignored,) = events(node, "route.version_ignored")
     assert ignored.alert
+
+
+def test_a_series_whose_instances_bear_the_uids_of_another_is_not_passed_over_in_silence(
+    new_node, tmp_path: Path
+) -> None:
+    node, completeness = new_node()
+    for name, series_instance_uid in (("a", "2.25.71"), ("b", "2.25.72")):
+        paths = write_classic_series(tmp_path / name, image_array(), AFFINE)
+        for path in paths:
+            image = dcmread(path)
+            image.SeriesInstanceUID = series_instance_uid
+            image.save_as(path)
+        node.receive(paths, ago_s=100)
+        completeness.sweep(utc_now())
+    (job,) = node.jobs()
+    (told,) = events(node, "series.same_instances")
+    assert told.alert
+    assert told.detail["job_id"] == job.job_id
+    with node.records.read() as session:
+        names = dict(session.execute(select(Series.series_id, Series.series_instance_uid)).all())
+    assert names[told.subject] == "2.25.72"
 
 
 def test_a_late_slice_cancels_what_has_not_ended_and_makes_a_new_job(new_node, tmp_path: Path) -> None:
