@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 from models.bundle import Bundle
 from models.errors import GoldenCaseError
 from models.golden import check_golden_case_everywhere, dice_per_label
-from models.manifest import Head, Metrics, NormalizationScheme
+from models.manifest import Head, Metrics, NormalizationScheme, Postprocessing
 from models.nifti import read_labelmap, read_nifti
 from models.segmenter import Segmenter
 from models.volume import axis_codes
@@ -45,7 +45,7 @@ from training.export import Exported, ExportRequest, export_bundle, metrics_of, 
 from training.icbm_crop import icbm_crop
 from training.metrics import Agreement
 from training.onnx_export import compare_with_torch
-from training.reference import make_predictor, predict_labelmap
+from training.reference import make_predictor, postprocess, predict_labelmap
 from training.teacher import ResultsFolder
 from training.training_files import choose_orientation, orientation_of, volume_ranges_ml
 
@@ -137,6 +137,29 @@ def test_the_manifest_says_what_the_results_folder_says(exported: Exported, requ
     assert manifest.provenance.method == "random weights"
     assert manifest.provenance.library_versions["torch"] == torch.__version__
     assert manifest.input_limits.minimum_slices == 4
+
+
+def test_postprocessing_of_the_labels_file_is_in_manifest_card_and_golden_case(
+    exported: Exported, request_: ExportRequest, tmp_path: Path
+) -> None:
+    """A network with random weights finds islands everywhere, which nnU-Net's function takes away."""
+    asked = {"largest_component_of_foreground": True, "largest_component_of_labels": [2, 1]}
+    (tmp_path / "labels.yaml").write_text(yaml.safe_dump({**LABELS_YAML, "postprocessing": asked}))
+    again = export_bundle(
+        replace(request_, output=tmp_path / "bundle", labels_file=tmp_path / "labels.yaml")
+    ).bundle
+    rules = again.manifest.postprocessing
+    assert rules == Postprocessing(**asked)
+    assert exported.bundle.manifest.postprocessing is None
+    assert (
+        "- Of these the largest connected component alone is kept: all labels together, Core, Shell;"
+        in (again.folder / "card.md").read_text()
+    )
+    before = read_labelmap(exported.bundle.golden_labelmap_path).array
+    after = read_labelmap(again.golden_labelmap_path).array
+    assert np.array_equal(after, postprocess(before, rules))
+    assert 0 < np.count_nonzero(after) < np.count_nonzero(before)
+    check_golden_case_everywhere(again)
 
 
 def test_the_card_repeats_the_manifest_and_ends_with_the_notes(exported: Exported) -> None:
