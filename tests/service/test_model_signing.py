@@ -92,8 +92,8 @@ def test_an_archive_is_signed_in_place_or_into_another(segnode: Segnode, bundle:
 
 
 def test_a_model_that_ships_is_signed_for_the_site(segnode: Segnode) -> None:
-    assert segnode("models", "sign", "hippocampus@0.1.0", "--key", TRUSTED).status == 2  # not in place
-    signed = segnode("models", "sign", "hippocampus@0.1.0", "--key", TRUSTED, "-o", "h.zip")
+    assert segnode("models", "sign", "hippocampus@0.2.0", "--key", TRUSTED).status == 2  # not in place
+    signed = segnode("models", "sign", "hippocampus@0.2.0", "--key", TRUSTED, "-o", "h.zip")
     assert signed.status == 0, signed.err
     assert segnode("models", "sign", "hippocampus@9.9.9", "--key", TRUSTED, "-o", "i.zip").status == 1
     folder = unpack_zip(Path("h.zip"), Path("h"), limit_bytes=1 << 30)
