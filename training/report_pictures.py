@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,29 @@ _DPI = 120
 def draw_dice(evaluations: Mapping[str, Evaluation], path: Path) -> Path:
     """Mean Dice of every label and run, with standard errors."""
     labels = next(iter(evaluations.values())).label_names
-    figure = Figure(figsize=(1.6 + 1.1 * len(labels) * max(1, len(evaluations) / 3), 4), layout="constrained")
+    wide = max(7.0, 1.6 + 1.1 * len(labels) * max(1, len(evaluations) / 3))
+    figure = Figure(figsize=(wide, 3.6 + 0.25 * len(evaluations) / 2), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(evaluations)
-    lowest = 1.0
+    lowest, highest = 1.0, 0.0
     for i, (name, evaluation) in enumerate(evaluations.items()):
         summaries = [evaluation.summary("dice", label) for label in labels]
         positions = np.arange(len(labels)) + (i - (len(evaluations) - 1) / 2) * width
         means = [s.mean for s in summaries]
         axes.bar(positions, means, width, yerr=[s.standard_error for s in summaries], capsize=3, label=name)
-        lowest = min(lowest, *means)
+        lowest, highest = min(lowest, *means), max(highest, *means)
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_ylim(max(0.0, lowest - 0.05), 1.0)  # the axis does not start at 0: differences are small
+    # The axis does not start at 0: differences are small.
+    axes.set_ylim(max(0.0, lowest - 0.05), min(1.0, highest + 0.05))
     axes.set_ylabel("Dice")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=_DPI)
     return path
 
 
 def draw_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
     """Segmentation loss and validation Dice over the epochs of every run."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     loss, dice = figure.subplots(1, 2)
     for name, log in logs.items():
         epochs = [entry["epoch"] for entry in log]
@@ -49,7 +52,7 @@ def draw_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     for axes, title in ((loss, "segmentation loss, training"), (dice, "mean Dice of patches, validation")):
         axes.set_xlabel("epoch")
         axes.set_title(title, fontsize="medium")
-    dice.legend(fontsize="small")
+    figure.legend(*dice.get_legend_handles_labels(), fontsize="small", ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=_DPI)
     return path
 
@@ -83,7 +86,7 @@ def draw_overlays(
                 mask = labels[plane] == value
                 if mask.any():
                     axes.contour(mask, levels=[0.5], colors=[colours(int(value) % 10)], linewidths=1.2)
-        axes.set_title(name, fontsize="small")
+        axes.set_title(textwrap.fill(name, 20), fontsize="small")
         axes.set_axis_off()
     figure.savefig(path, dpi=_DPI)
     return path
