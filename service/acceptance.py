@@ -23,6 +23,7 @@ from models.bundle import Bundle
 from models.nifti import read_labelmap
 from service.dicom.send import OutcomeKind, echo, send_files
 from service.node import Node
+from service.records.database import Records
 from service.records.tables import Delivery, DeliveryState, Job, JobState, Result, ResultKind
 from service.routes import Route
 from service.settings import Destination
@@ -80,7 +81,7 @@ def run_trial(node: Node, trial: Trial) -> Iterator[Check]:
     if trial.is_phantom:
         yield _compare_with_golden(node, segmentations, trial.bundle)
     for destination in destinations:
-        yield _wait_for_delivery(node, job.job_id, destination, trial.timeout_s)
+        yield judge_delivery(node.records, job.job_id, destination, timeout_s=trial.timeout_s)
 
 
 def _echo(destination: Destination, calling_ae_title: str) -> Check:
@@ -183,13 +184,13 @@ def _dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return 2.0 * float((one & other).sum()) / float(one.sum() + other.sum())
 
 
-def _wait_for_delivery(node: Node, job_id: str, destination: Destination, timeout_s: float) -> Check:
+def judge_delivery(records: Records, job_id: str, destination: Destination, *, timeout_s: float) -> Check:
     """Every delivery of the job to one destination, sent; committed where the destination is asked for it."""
     query = select(Delivery).where(Delivery.job_id == job_id, Delivery.destination == destination.name)
     wanted = DeliveryState.COMMITTED if destination.storage_commitment else DeliveryState.SENT
 
     def look() -> list[Delivery]:
-        with node.records.read() as session:
+        with records.read() as session:
             return list(session.scalars(query))
 
     def done(deliveries: list[Delivery]) -> bool:

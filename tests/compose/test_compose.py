@@ -120,7 +120,7 @@ def test_a_container_has_no_root_no_capabilities_and_nothing_to_write_on(
     assert found["HostConfig"]["RestartPolicy"]["Name"] == "unless-stopped"
 
 
-@pytest.mark.parametrize("service", ["receiver", "api", "worker", "postgres", "broker", "proxy"])
+@pytest.mark.parametrize("service", ["receiver", "api", "worker", "postgres", "broker", "proxy", "orthanc"])
 def test_a_health_check_passes(site: ComposeSite, service: str) -> None:
     patiently(lambda: site.healthy(service), 300)
 

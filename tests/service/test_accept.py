@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from api_harness import ApiHarness
 from bundle_factory import make_threshold_bundle
 from running_node import ROUTE, SEGNODE, RunningNode
 from storage_scp import StorageScp
 
 from models.registry import Registry
+from service.acceptance import judge_delivery
+from service.records.tables import Delivery, DeliveryState
+from service.settings import Destination
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +81,21 @@ def test_a_peer_that_the_node_does_not_know_is_turned_away(node: RunningNode, tm
     ended = accept(node, tmp_path / "report.pdf", "--calling-ae-title", "NOBODY")
     assert ended.returncode == 1
     assert "FAILED" in words_of(tmp_path / "report.pdf")
+
+
+@pytest.mark.parametrize(("asked_for", "words"), [(True, "Committed by pacs"), (False, "Sent to pacs")])
+def test_what_was_sent_is_not_accepted_where_it_has_to_be_committed(
+    api: ApiHarness, asked_for: bool, words: str
+) -> None:
+    pacs = Destination(name="pacs", ae_title="PACS", host="127.0.0.1", port=1, storage_commitment=asked_for)
+    job_id = api.enqueue(destinations=["pacs"])
+    api.succeed(job_id)
+    found = []
+    for state in (DeliveryState.PENDING, DeliveryState.SENT, DeliveryState.COMMITTED, DeliveryState.PARKED):
+        with api.records.write() as session:
+            session.query(Delivery).one().state = state
+        check = judge_delivery(api.records, job_id, pacs, timeout_s=0)
+        assert check.what == words
+        assert state.value in check.found
+        found += [state] * check.passed
+    assert found == [DeliveryState.COMMITTED if asked_for else DeliveryState.SENT]

@@ -91,6 +91,7 @@ def test_every_container_is_closed() -> None:
         assert each.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "proxy" else []), name
         assert each["security_opt"] == ["no-new-privileges:true"], name
         assert each["restart"] == "unless-stopped", name
+        assert each["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL"), name
         assert {"cpus", "memory", "pids"} <= each["deploy"]["resources"]["limits"].keys(), name
         assert name in NODE or not each["user"].startswith(("0", "root")), name
         published = {"receiver", "proxy"}

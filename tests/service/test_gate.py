@@ -7,12 +7,15 @@ from datetime import timedelta
 
 import pytest
 from api_harness import ApiHarness, assert_problem
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from governed_node import finish_job
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 from trial_stand_in import MIB, TrialStandIn
 
+from models.registry import Registry
+from models.signing import key_id, sign
 from service import gate as gate_module
 from service.gate import GateReport, run_gate
 from service.gate_checks import (
@@ -33,6 +36,8 @@ from service.records.tables import Event
 from service.site_cases import approve_case, list_cases
 
 NEVER = threading.Event()
+TRUSTED = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+STRANGER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 URL = "/api/v1/models"
 
 
@@ -143,6 +148,30 @@ def test_an_altered_version_is_turned_away_before_it_is_run(
     report = put_to_the_test(api, version)
     assert set(failed(report)) == {"digests"}
     assert "'card.md' was altered" in failed(report)["digests"]
+    assert trial.runs == []
+
+
+@pytest.mark.parametrize("signer", [TRUSTED, STRANGER, None])
+def test_a_version_that_nobody_trusted_has_signed_is_turned_away_before_it_is_run(
+    api: ApiHarness, case: str, trial: type[TrialStandIn], signer: Ed25519PrivateKey | None
+) -> None:
+    version = api.install(version="1.1.0", title="Another title", activate=False)
+    installed = api.registry.root / "threshold"
+    sign(installed / "1.0.0", TRUSTED)
+    if signer is not None:
+        sign(installed / version, signer)
+    api.registry = Registry(api.registry.root, trusted_keys=[TRUSTED.public_key()], runtimes=["onnxruntime"])
+    report = put_to_the_test(api, version)
+    key = key_id(TRUSTED.public_key())
+    if signer is TRUSTED:
+        assert failed(report) == {}
+        assert f"Signed by the trusted key {key}." in [each["sentence"] for each in report.content["checks"]]
+        return
+    assert set(failed(report)) == {"signature"}
+    said = "The bundle is not signed"
+    if signer is STRANGER:
+        said = f"No trusted key made the bundle's signature (trusted: {key})."
+    assert failed(report)["signature"].startswith(said)
     assert trial.runs == []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import MetaData, inspect, select, text
+from sqlalchemy import JSON, Column, Enum, MetaData, inspect, select, text
 
 from service.errors import SettingsError
 from service.records.database import Records, utc_now
@@ -145,6 +145,29 @@ def _first_rows(records: Records, *, put: bool = False) -> dict[str, list[dict[s
     return found
 
 
+def _put_later_rows(records: Records) -> int:
+    """A row in each table that the first release did not have, of the first rows where it refers to some."""
+    later = [table for table in Base.metadata.sorted_tables if table.name not in FIRST_ROWS]
+    rows: dict[str, dict[str, Any]] = dict(FIRST_ROWS)
+    with records.engine.begin() as connection:
+        for table in later:
+            rows[table.name] = {column.name: _value(column, rows) for column in table.columns}
+            connection.execute(table.insert(), rows[table.name])
+    return len(later)
+
+
+def _value(column: Column[Any], rows: dict[str, dict[str, Any]]) -> Any:
+    for key in column.foreign_keys:
+        return rows[key.column.table.name][key.column.name]
+    if isinstance(column.type, Enum):
+        assert column.type.enum_class is not None
+        return next(iter(column.type.enum_class))
+    if isinstance(column.type, JSON):
+        return {}
+    values: dict[type, Any] = {str: "x", int: 1, float: 1.0, bool: True, datetime: AT}
+    return values[column.type.python_type]
+
+
 def test_the_first_tables_come_up_to_this_release_and_back_with_what_is_in_them(url: str) -> None:
     upgrade(url, "0001")
     records = Records(url)
@@ -152,9 +175,14 @@ def test_the_first_tables_come_up_to_this_release_and_back_with_what_is_in_them(
     for move, revision in ((upgrade, "head"), (downgrade, "0001"), (upgrade, "head")):
         move(url, revision)
         assert _first_rows(records) == {name: [row] for name, row in FIRST_ROWS.items()}, revision
+        if move is upgrade:
+            assert _put_later_rows(records) > 5
     with records.write() as session:
         session.query(Instance).one().size_bytes = 2**33  # past what an integer of four bytes holds
         assert session.query(Job).one().summary == {"volume_ml": 1.5}
+    downgrade(url, "0001")
+    (instance,) = _first_rows(records)["instance"]
+    assert instance == FIRST_ROWS["instance"] | {"size_bytes": 2**33}
     records.close()
 
 

@@ -53,6 +53,4 @@ def downgrade() -> None:
     with op.batch_alter_table("worker", schema=None) as batch_op:
         batch_op.drop_index("ix_worker_host")
     op.drop_table("worker")
-    for table in _SIZES:
-        with op.batch_alter_table(table, schema=None) as batch_op:
-            batch_op.alter_column("size_bytes", type_=sa.Integer(), existing_type=sa.BigInteger())
+    # size_bytes stays as wide as it is: sizes past 2 GiB would not fit, and the older release reads both.
