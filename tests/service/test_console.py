@@ -20,6 +20,8 @@ from service.console import build_console
 from service.console.frame import MENU, safe_next
 from service.keys import create_key, revoke
 from service.records.database import Records
+from service.records.gates import claim_gate, finish_gate
+from service.records.governance_tables import Comparison, ComparisonState, Shadow
 from service.records.jobs import refuse_job
 from service.records.login_tables import PersonSession
 from service.records.tables import Delivery, DeliveryState, Event, Job, JobState, ResultKind, Role
@@ -367,7 +369,36 @@ def test_gate_and_shadow_mode_are_begun_from_the_page_and_seen_there(admin: Brow
     page = admin.get("models").text
     assert '<span class="state queued">' in page
     admin.post("models/threshold/1.1.0/shadow", form_token=token)
-    assert "Shadow mode: 1.1.0, running" in admin.get("models").text
+    page = admin.get("models").text
+    assert "Shadow mode: 1.1.0, running" in page
+    assert "No study was compared yet." in page
+
+    sentence = "low has Dice 0.2500 in <the case>, 1.0000 before."
+    figures = {"dice": 0.25, "candidate_ml": 3.0, "active_ml": 4.5, "difference_ml": -1.5}
+    job_id = api.enqueue()
+    with api.records.write() as session:
+        gate = claim_gate(session, owner="w", lease_s=60, now=api.now + timedelta(minutes=1))
+        assert gate is not None
+        report = {"checks": [{"name": "dice", "passed": False, "sentence": sentence}]}
+        finish_gate(
+            session, gate.gate_id, gate.attempt, passed=False, against_version="1.0.0", against_digest=None,
+            report=report, now=api.now,
+        )  # fmt: skip
+        shadow = session.scalars(select(Shadow)).one()
+        session.add(
+            Comparison(
+                shadow_id=shadow.shadow_id, job_id=job_id, state=ComparisonState.DONE,
+                labels={"low": figures}, created_at=api.now,
+            )
+        )  # fmt: skip
+    page = admin.get("models").text
+    assert '<span class="state failed">failed</span>' in page
+    assert "1 checks against 1.0.0" in page
+    assert "failed: low has Dice 0.2500 in &lt;the case&gt;, 1.0000 before." in page
+    assert (
+        '<th scope="row">low</th><td>1</td><td>0.2500</td><td>0.2500</td><td>-1.50</td><td>-1.50</td>' in page
+    )
+
     admin.post("models/threshold/shadow/stop", form_token=token)
     assert "Shadow mode: 1.1.0, ended" in admin.get("models").text
 
