@@ -14,7 +14,7 @@ from typing import Any
 from pydicom import Dataset, dcmread
 
 from deploy.demo.node import DemoNode
-from deploy.demo.study import hippocampus_crop, write_series
+from deploy.demo.study import icbm_brain, write_series
 from deploy.demo.viewer import StorageScp, place, segments
 from models.manifest import CodedConcept, Label
 from service.dicom.series import read_series
@@ -26,8 +26,8 @@ ENDED = ("succeeded", "refused", "failed", "cancelled")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    parser.add_argument("--study", type=Path, help="a folder with a DICOM study; a real T1 crop unless given")
-    parser.add_argument("--timeout-s", type=float, default=240.0)
+    parser.add_argument("--study", type=Path, help="a folder with a DICOM study; a real T1 unless given")
+    parser.add_argument("--timeout-s", type=float, default=400.0)
     options = parser.parse_args()
     output: Path = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -35,8 +35,8 @@ def main() -> None:
 
     folder: Path = options.study or output / "study"
     if options.study is None:
-        paths = write_series(hippocampus_crop(), folder)
-        say(f"Made a study of the ICBM152 T1 around a hippocampus, {len(paths)} MR images: {folder}")
+        paths = write_series(icbm_brain(), folder)
+        say(f"Made a study of the ICBM152 T1, {len(paths)} MR images: {folder}")
     study_instance_uid, files = find_study(folder)
     scp = StorageScp("VIEWER", output / "received")
     say("Starting a node ...")

@@ -32,8 +32,8 @@ destinations:
     host: 127.0.0.1
     port: {viewer_port}
 routes:
-  - name: hippocampus
-    model: hippocampus
+  - name: brain
+    model: brain-structures
     match: {{instances: {{min: 1}}}}  # every image series; a hospital says more, such as Modality: MR
     quiet_time_s: 2
     destinations: [viewer]

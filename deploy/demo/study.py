@@ -1,4 +1,4 @@
-"""A study to show: a crop of a real T1 around a hippocampus, written as an MR series."""
+"""A study to show: the average of 152 brains, whole or a crop around a hippocampus, as an MR series."""
 
 from __future__ import annotations
 
@@ -32,9 +32,15 @@ def template_path() -> Path:
     return Path(spec.origin).parent / TEMPLATE
 
 
+def icbm_brain() -> Volume:
+    """The whole template, 197 x 233 x 189 voxels of 1 mm, voxel axes along L, P and S."""
+    brain, _ = reorient(read_nifti([template_path()]), "LPS")
+    return brain
+
+
 def hippocampus_crop() -> Volume:
     """36 x 50 x 36 voxels of 1 mm around the hippocampus, voxel axes along L, P and S."""
-    head, _ = reorient(read_nifti([template_path()]), "LPS")
+    head = icbm_brain()
     centre = np.linalg.inv(head.affine) @ (*CENTRE_LPS_MM, 1.0)
     start = np.rint(centre[:3]).astype(int) - np.array(SIZE_XYZ) // 2
     x, y, z = (slice(first, first + size) for first, size in zip(start, SIZE_XYZ, strict=True))
@@ -60,7 +66,7 @@ def write_series(volume: Volume, folder: Path) -> list[Path]:
         image.StudyTime = image.SeriesTime = image.ContentTime = "000000"
         image.AccessionNumber, image.StudyID, image.ReferringPhysicianName = "", "1", ""
         image.Modality, image.Manufacturer = "MR", "segnode demo"
-        image.SeriesDescription, image.SeriesNumber, image.InstanceNumber = "T1 crop", 1, number
+        image.SeriesDescription, image.SeriesNumber, image.InstanceNumber = "T1", 1, number
         image.ImageType = ["DERIVED", "PRIMARY", "OTHER"]
         image.ScanningSequence, image.SequenceVariant, image.ScanOptions = "GR", "NONE", ""
         image.MRAcquisitionType, image.EchoTime, image.EchoTrainLength = "3D", None, None
