@@ -343,12 +343,18 @@ class TestRuns:
 
 
 class TestRecipes:
-    @pytest.mark.parametrize("spacing", sorted(PLANS))
+    @pytest.mark.parametrize("spacing", ["1mm", "2mm"])
     def test_every_brain_recipe_parses_and_shares_data_seed_and_budget(self, spacing: str) -> None:
         recipes = [load_recipe(p) for p in sorted(RECIPES.glob(f"brain-*-{spacing}.yaml"))]
         assert {"none", "logits", "dcd", "dcd + logits"} <= {r.method for r in recipes}
         assert len({(r.data, r.training) for r in recipes}) == 1
         assert all(r.data.synthesis is not None for r in recipes)
+
+    def test_the_parts_of_the_short_training_differ_in_their_budget_alone(self) -> None:
+        parts = ("4mm", "2mm-short", "2mm-last")
+        recipes = [load_recipe(RECIPES / f"brain-none-1of4by16-{part}.yaml") for part in parts]
+        assert len({(r.data, r.student, r.method) for r in recipes}) == 1
+        assert len({r.training.seed for r in recipes}) == len(parts)  # none sees the images of another
 
     def test_recipes_from_before_keep_their_digest(self) -> None:
         # As it was computed when neither ``data`` nor ``optimizer`` existed; a run in progress depends on it.
