@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -165,31 +166,11 @@ class StudyFolder:
     def report(self, results: Path, trained: dict[str, Path], shipped: list[tuple[Ship, Run]]) -> Path:
         """Tables, tests, curves and pictures; what they are made from is copied beside them."""
         results.mkdir(parents=True, exist_ok=True)
-        lines = [
-            {
-                "name": "teacher",
-                "results": str(self.teacher.resolve()),
-                "evaluations": self._evaluations("teacher"),
-                "labelmaps": str(self._labelmaps("teacher").resolve()),
-            }
-        ]
-        for key, start in self._starts().items():
-            lines.append(
-                {
-                    "name": key,
-                    "results": str(start.resolve()),
-                    "evaluations": self._evaluations(key),
-                    "labelmaps": str(self._labelmaps(key).resolve()),
-                }
-            )
+        lines = [self._line("teacher", "teacher", self.teacher)]
+        lines += [self._line(key, key, start) for key, start in self._starts().items()]
         for run in self.study.runs:
             baseline = self.study.baseline_of(run)
-            line = {
-                "name": run.title,
-                "results": str(trained[run.key].resolve()),
-                "evaluations": self._evaluations(run.key),
-                "labelmaps": str(self._labelmaps(run.key).resolve()),
-            }
+            line = self._line(run.title, run.key, trained[run.key])
             if baseline is not None and baseline is not run:
                 line["baseline"] = baseline.title
             lines.append(line)
@@ -267,6 +248,15 @@ class StudyFolder:
             for spelling in {str(path.resolve()), str(path)}:
                 text = text.replace(f"{spelling}/", f"{word}/").replace(f"{spelling} ", f"{word} ")
         return text
+
+    def _line(self, name: str, key: str, results: Path) -> dict[str, Any]:
+        """What the report is told of a network: its name there, and where all that was measured lies."""
+        return {
+            "name": name,
+            "results": str(results.resolve()),
+            "evaluations": self._evaluations(key),
+            "labelmaps": str(self._labelmaps(key).resolve()),
+        }
 
     def _evaluations(self, key: str) -> list[str]:
         """Every evaluation of a bundle on the claim cases, plain float32 first."""

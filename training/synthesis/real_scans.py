@@ -21,7 +21,7 @@ from models.bundle import Bundle
 from models.manifest import Label, Laterality
 from models.nifti import read_nifti
 from models.segmenter import Segmenter
-from models.volume import Labelmap, Volume, reorient, spacing_xyz_mm
+from models.volume import Labelmap, Removed, Volume, reorient, spacing_xyz_mm
 from training.errors import TrainingDataError
 from training.icbm_crop import icbm_file
 
@@ -89,6 +89,7 @@ def measure(
             left, right = volumes[label.name], volumes[label.name.replace("Left", "Right", 1)]
             both = left + right
             asymmetry[label.name.removeprefix("Left ")] = round(2 * (left - right) / both, 3) if both else 0.0
+    removed = labelmap.removed or Removed(0, {}, 0.0)
     return Measured(
         scan=name,
         shape_zyx=volume.shape_zyx,
@@ -97,10 +98,8 @@ def measure(
         volumes_ml=volumes,
         outside=outside,
         asymmetry=asymmetry,
-        islands=0 if labelmap.removed is None else labelmap.removed.islands,
-        removed_ml=0.0
-        if labelmap.removed is None
-        else round(sum(labelmap.removed.voxels.values()) * labelmap.voxel_volume_ml, 3),
+        islands=removed.islands,
+        removed_ml=round(sum(removed.voxels.values()) * labelmap.voxel_volume_ml, 3),
     )
 
 
