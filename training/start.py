@@ -1,9 +1,10 @@
 """What a student starts from, where that is not chance: the weights of another student.
 
-Two kinds of start are known. The same network goes on with another recipe: a budget that was spent without
-distillation is not spent again for every method. Or a network that lacks the finest stage, trained on a grid
+Three kinds of start are known. The same network goes on with another recipe: a budget that was spent without
+distillation is not spent again for every method. A network that lacks the finest stage, trained on a grid
 as much coarser, becomes everything below the finest stage: what lies where is learnt at an eighth of the cost
-of an iteration.
+of an iteration. Or a narrower network becomes a wider one that computes the same (Net2WiderNet: Chen,
+Goodfellow and Shlens 2016, arXiv 1511.05641): a teacher begins where a student has got to.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from training.errors import StudentError
@@ -46,8 +48,8 @@ def start_from(
     Raises
     ------
     StudentError
-        If its network is neither the student's nor the student's without the finest stage, or it saw other
-        images or labels.
+        If its network is neither the student's, nor the student's without the finest stage, nor the student's
+        with all channels divided by one whole number, or it saw other images or labels.
     """
     settings = resolve_configuration(plans, configuration)
     for key in ("labels", "channel_names"):
@@ -56,10 +58,12 @@ def start_from(
     for key in _PREPROCESSING:
         if settings[key] != start.settings[key]:
             raise _refused(start, f"its images were prepared otherwise ({key})")
-    if _architecture(settings) == _architecture(start.settings):
+    times = _times_wider(settings, start.settings)
+    if times is not None:
         if settings["spacing"] != start.settings["spacing"]:
             raise _refused(start, f"it was trained at {start.settings['spacing']} mm")
-        _load(student, start.checkpoints[0].weights, start, complete=True)
+        weights = start.checkpoints[0].weights
+        _load(student, weights if times == 1 else _widened(student, weights, times), start, complete=True)
     elif _without_finest(settings) == _architecture(start.settings):
         strides = settings["architecture"]["arch_kwargs"]["strides"][1]
         coarse = [mm * stride for mm, stride in zip(settings["spacing"], strides, strict=True)]
@@ -67,13 +71,16 @@ def start_from(
             raise _refused(start, f"it was trained at {start.settings['spacing']} mm, not at {coarse} mm")
         _load(student, _one_stage_deeper(start.checkpoints[0].weights), start, complete=False)
     else:
-        raise _refused(start, "its network is neither this one nor this one without the finest stage")
+        raise _refused(
+            start,
+            "its network is neither this one nor a narrower one nor this one without the finest stage",
+        )
 
 
 def _refused(start: ResultsFolder, why: str) -> StudentError:
     return StudentError(
         f"The student cannot start from {start.folder.name!r}: {why}.",
-        remedy="Give the results folder of a student of the same plans and width.",
+        remedy="Give the results folder of a student of the same plans and width, or of a whole part of it.",
     )
 
 
@@ -84,6 +91,47 @@ def _architecture(settings: Mapping[str, Any]) -> dict[str, Any]:
     kwargs["strides"] = [list(stride) for stride in kwargs["strides"]][1:]
     kwargs["kernel_sizes"] = [list(size) for size in kwargs["kernel_sizes"]]
     return {"class": architecture["network_class_name"], **kwargs}
+
+
+def _times_wider(settings: Mapping[str, Any], start: Mapping[str, Any]) -> int | None:
+    """How many channels of this network there are for each of the start's; None if they differ otherwise."""
+    wide, narrow = _architecture(settings), _architecture(start)
+    pairs = list(zip(wide.pop("features_per_stage"), narrow.pop("features_per_stage"), strict=False))
+    times = pairs[0][0] // pairs[0][1]
+    same = wide == narrow and all(channels == times * fewer for channels, fewer in pairs)
+    return times if same and times > 0 else None
+
+
+def _widened(student: nn.Module, weights: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
+    """Weights of the wide network that give the narrow one's output; channel i copies its ``i // times``.
+
+    What reads a channel reads its copies with random shares that sum to one, or the copies would have equal
+    gradients and stay copies for ever. Copies that lie side by side keep their place where a decoder joins
+    two groups of channels.
+    """
+    inputs = {}  # by name, which axis of a weight counts the input channels
+    for name, module in student.named_modules(
+        remove_duplicate=False
+    ):  # nnU-Net saves a module by all its names
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            inputs[f"{name}.weight"] = 1
+        elif isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d):
+            inputs[f"{name}.weight"] = 0
+    wide = {}
+    own = student.state_dict()
+    for name, tensor in weights.items():
+        widened = tensor
+        for axis, channels in enumerate(own[name].shape if name in own else ()):
+            if channels == tensor.shape[axis]:
+                continue
+            widened = widened.repeat_interleave(times, axis)
+            if inputs.get(name) == axis:
+                shares = torch.rand_like(widened) + 0.5
+                sums = shares.movedim(axis, -1).reshape(-1, times).sum(1).repeat_interleave(times)
+                sums = sums.reshape(shares.movedim(axis, -1).shape).movedim(-1, axis)
+                widened = widened * shares / sums
+        wide[name] = widened
+    return wide
 
 
 def _without_finest(settings: Mapping[str, Any]) -> dict[str, Any] | None:

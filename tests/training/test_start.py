@@ -56,6 +56,14 @@ def opened(folder: Path, model: ReferenceModel) -> ResultsFolder:
     return ResultsFolder.open(write_results_folder(folder / "start", model, seed=5))
 
 
+def as_if_trained(start: ResultsFolder) -> ResultsFolder:
+    """Every residual block takes part: a fresh one multiplies by zero what it adds."""
+    for name, tensor in start.checkpoints[0].weights.items():
+        if tensor.ndim == 1 and name.endswith("weight"):
+            tensor.copy_(torch.linspace(0.5, 1.5, len(tensor)))
+    return start
+
+
 def fresh(model: ReferenceModel) -> nn.Module:
     torch.manual_seed(1)
     return build_network(model.configuration, 1, 3, deep_supervision=True)
@@ -106,6 +114,36 @@ def test_a_coarser_network_becomes_all_that_lies_below_the_finest_stage(tmp_path
     )
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_narrower_network_becomes_a_wider_one_that_computes_the_same(tmp_path: Path, times: int) -> None:
+    wide = model_of(FINE, features=tuple(times * channels for channels in FINE["features"]))
+    start = as_if_trained(opened(tmp_path, model_of(FINE)))
+    network = fresh(wide)
+    begin(network, wide, start)
+    narrow = start.network(deep_supervision=True).eval()
+    image = torch.randn(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        for ours, theirs in zip(network.eval()(image), narrow(image), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_copies_of_a_widened_channel_learn_different_things(tmp_path: Path) -> None:
+    wide = model_of(FINE, features=tuple(2 * channels for channels in FINE["features"]))
+    network: Any = fresh(wide)
+    begin(network, wide, as_if_trained(opened(tmp_path, model_of(FINE))))
+    network(torch.randn(2, 1, 16, 16, 16))[0].square().mean().backward()
+    for convolution in (network.encoder.stages[1].blocks[0].conv2.conv, network.decoder.transpconvs[0]):
+        of_outputs = convolution.weight.grad.transpose(0, int(isinstance(convolution, nn.ConvTranspose3d)))
+        first, second = of_outputs[0::2], of_outputs[1::2]
+        assert not torch.allclose(first, second, rtol=0.05, atol=0)
+
+
+def test_channels_that_are_not_a_whole_number_of_times_as_many_are_refused(tmp_path: Path) -> None:
+    wide = model_of(FINE, features=(6, 8, 16))
+    with pytest.raises(StudentError, match="nor a narrower one"):
+        begin(fresh(wide), wide, opened(tmp_path, model_of(FINE)))
+
+
 def test_the_brain_students_plans_fit_each_other() -> None:
     """The 4 mm network is the 2 mm network without its finest stage, at the width that ships."""
 
@@ -140,10 +178,10 @@ class _Weights:
 @pytest.mark.parametrize(
     ("settings", "changes", "why"),
     [
-        (FINE, {"features": (4, 8, 8)}, "neither this one nor this one without"),
+        (FINE, {"features": (4, 8, 8)}, "neither this one nor a narrower one nor"),
         (FINE, {"spacing": (1.0, 1.0, 2.0)}, r"trained at \[1.0, 1.0, 2.0\] mm"),
         (COARSE, {"spacing": (1.0, 1.0, 1.0)}, r"not at \[2.0, 2.0, 2.0\] mm"),
-        (COARSE, {"blocks": (1, 3)}, "neither this one nor this one without"),
+        (COARSE, {"blocks": (1, 3)}, "neither this one nor a narrower one nor"),
         (FINE, {"n_labels": 3}, "trained for other labels"),
         (FINE, {"schemes": ("NoNormalization",)}, "prepared otherwise"),
     ],
