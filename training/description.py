@@ -105,17 +105,7 @@ def read_description(path: Path | None, results: ResultsFolder, *, template_path
             remedy=f"Fill in {template_path.name} (written for you beside the output folder) and give it as "
             "--labels-file; or take --generic-codes for a model that stays in research.",
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        description = Description.model_validate(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LabelsFileError(f"{path.name} cannot be read as YAML: {error}") from error
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}"
-            for item in error.errors(include_url=False, include_input=False, include_context=False)
-        )
-        raise LabelsFileError(f"{path.name} is not understood: {problems}.") from error
+    description = parse_description(path)
     wanted, given = set(results.classes.names), {label.value for label in description.labels}
     if wanted != given:
         raise LabelsFileError(
@@ -128,6 +118,21 @@ def read_description(path: Path | None, results: ResultsFolder, *, template_path
             remedy="Describe each channel of dataset.json once, in its order.",
         )
     return description
+
+
+def parse_description(path: Path) -> Description:
+    """Read a labels file by itself. Raises LabelsFileError if it is not understood."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Description.model_validate(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LabelsFileError(f"{path.name} cannot be read as YAML: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}"
+            for item in error.errors(include_url=False, include_input=False, include_context=False)
+        )
+        raise LabelsFileError(f"{path.name} is not understood: {problems}.") from error
 
 
 def generic_description(results: ResultsFolder, name: str) -> Description:

@@ -19,17 +19,13 @@ from typing import Any
 
 import yaml
 
-from models.bundle import Bundle, seal
-from models.golden import check_golden_case
-from training.card import model_card
-from training.description import read_description
+from training.description import parse_description
 from training.errors import TrainingDataError
 from training.evaluate import Evaluation
-from training.export import metrics_of
 from training.plans import read_json
 from training.preprocess import TrainingCases
+from training.shipping import ship_bundle
 from training.study import Run, Ship, Study, best_run
-from training.teacher import ResultsFolder
 
 CLAIM, CHOOSE = "claim", "choose"
 
@@ -151,16 +147,25 @@ class StudyFolder:
             if said is not None:
                 refused.write_text(said)
                 self.tell(f"INT8 does not ship: {said}")
+        source = quantized if quantized.is_dir() else self.work / "bundles" / best.key
         evaluations = {
             "teacher": self.evaluate("teacher", CLAIM),
-            "float32": self.evaluate(best.key, CLAIM),
+            "float32": self.evaluate(source.name, CLAIM),
         }
         if quantized.is_dir():
             evaluations["int8"] = self.evaluate(quantized.name, CLAIM, precision="int8")
             for precision in ("float32", "int8"):
                 self.evaluate(quantized.name, CLAIM, precision=precision, runtime="onnxruntime")
-        source = quantized if quantized.is_dir() else self.work / "bundles" / best.key
-        self._finish(source, output, ship, evaluations)
+        cases = len(json.loads(self.study.split.read_text())[CLAIM])
+        ship_bundle(
+            source,
+            output,
+            name=ship.name,
+            version=ship.version,
+            evaluations=evaluations,
+            evaluated_on=f"the {cases} '{CLAIM}' cases of {self.study.split.name}, without mirroring",
+            notes=parse_description(self.study.labels).notes,
+        )
         return best
 
     def report(self, results: Path, trained: dict[str, Path], shipped: list[tuple[Ship, Run]]) -> Path:
@@ -212,28 +217,6 @@ class StudyFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
-
-    def _finish(self, source: Path, output: Path, ship: Ship, evaluations: dict[str, Evaluation]) -> None:
-        """The bundle that ships: its final name and version, the figures in manifest and card, sealed."""
-        cases = len(json.loads(self.study.split.read_text())[CLAIM])
-        figures = metrics_of(
-            evaluations, f"the {cases} '{CLAIM}' cases of {self.study.split.name}, without mirroring"
-        )
-        unfinished = output.with_name(f".{output.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished)
-        manifest = Bundle.open(source).manifest.model_copy(
-            update={"name": ship.name, "version": ship.version, "metrics": figures}
-        )
-        notes = read_description(
-            self.study.labels, ResultsFolder.open(self.teacher), template_path=self.work / "labels.yaml"
-        ).notes
-        (unfinished / "model.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (unfinished / "card.md").write_text(model_card(manifest, notes), encoding="utf-8")
-        sealed = seal(unfinished)
-        for weights in sealed.manifest.weights:
-            check_golden_case(sealed, precision=weights.precision)
-        unfinished.rename(output)
 
     def _commands(self) -> str:
         """What was run, with the words of `segnode-train study --help` in place of this machine's folders."""

@@ -4,28 +4,41 @@
 #   MAPS         folder with training_label_maps/ and labels_classes_priors/ (20 maps; SynthSeg's repository)
 #   SCANS        folder whose NIfTI files and DICOM series are real scans to look at; may be empty
 #   WORK_FOLDER  where everything goes; a run that was stopped goes on from its last epoch
-#   SPACING      2mm (a CPU can do it; the default) or 1mm (a GPU)
-#   RECIPE       which runs: by default the student without a teacher whose channels are multiples of 16 at
-#                2 mm, in three parts, each from the weights of the one before (4 mm, 2 mm with small classes
-#                weighing more, 2 mm); and at 1 mm the teacher and its students
+#   SPACING      2mm  the student that ships (the default): without a teacher, channels in multiples of 16,
+#                     in four parts, each from the weights of the one before
+#                4mm  teacher, none, logits and DCD side by side, as far as a CPU can take them
+#                1mm  the same on a GPU
+#   RECIPE       which runs instead, by their names in training/recipes
 # START=FOLDER goes on from a trained student: START=training/results/brain-structures/student reproduce.sh
-# MAPS SCANS WORK_FOLDER 2mm brain-none-1of4by16-2mm is the shipped student with ten times its budget.
+# MAPS SCANS WORK_FOLDER 2mm brain-none-1of4by16-2mm is the shipped student with 40,000 iterations more.
 # CHECKPOINT=best makes the bundle of the best epoch so far (while a run goes on, too: TRAIN=no).
+# RECIPES=FOLDER takes recipes of the same names from elsewhere. VERSION is the bundles' version.
 # Run it in the root of a checkout with its environment active.
 set -eu
 maps=$1 scans=$2 work=$3 spacing=${4:-2mm}
-[ $# -gt 4 ] && shift 4 || set -- $([ "$spacing" = 1mm ] &&
-    echo brain-teacher-1mm brain-none-1of4-1mm brain-logits-1of4-1mm brain-dcd-1of4-1mm brain-dcd-logits-1of4-1mm ||
-    echo brain-none-1of4by16-2mm-last)
+if [ $# -gt 4 ]; then
+    shift 4
+elif [ "$spacing" = 2mm ]; then
+    set -- brain-none-1of4by16-2mm-more
+else
+    set -- "brain-teacher-$spacing" "brain-none-1of4-$spacing" "brain-logits-1of4-$spacing" \
+        "brain-dcd-1of4-$spacing" "brain-dcd-logits-1of4-$spacing"
+fi
 here=training/results/brain-structures
 split=training/results/brain-split.json
+recipes=${RECIPES:-training/recipes}
 checkpoint=${CHECKPOINT:-final}
+version=${VERSION:-0.1.0}
 plans=$work/plans-$spacing
-teacher=$work/brain-teacher-$spacing
+claim="nine heads at 1 mm drawn from the 3 'claim' label maps of brain-split.json (T1-like, FLAIR-like and random contrast)"
 found() { ls -d "$1"/results/*/*__3d_fullres; }
 part() { # part RECIPE TEACHER_OR_PLANS START: train, or go on
-    segnode-train distill "$2" "$maps" --recipe "training/recipes/$1.yaml" --split "$split" \
+    segnode-train distill "$2" "$maps" --recipe "$recipes/$1.yaml" --split "$split" \
         ${3:+--start-from "$3"} -o "$work/$1"
+}
+coarse() { # the 4 mm student, from nothing
+    python -m training.synthesis.plans 4mm "$work/plans-4mm"
+    part brain-none-1of4by16-4mm "$work/plans-4mm" ""
 }
 
 python -m training.synthesis.plans "$spacing" "$plans"
@@ -34,25 +47,47 @@ python -m training.synthesis.golden "$work/golden.nii.gz"
 
 for recipe in "$@"; do
     from=$plans
-    case $recipe in *logits*|*dcd*) from=$(found "$teacher") ;; esac
+    case $recipe in *logits* | *dcd* | brain-none-1of4-4mm) from=$(found "$work/brain-teacher-$spacing") ;; esac
     if [ "${TRAIN:-yes}" = yes ]; then
         start=${START:-}
-        if [ "$recipe" = brain-none-1of4by16-2mm-last ] && [ -z "$start" ]; then
-            python -m training.synthesis.plans 4mm "$work/plans-4mm"
-            part brain-none-1of4by16-4mm "$work/plans-4mm" ""
+        if [ -z "$start" ] && [ "$spacing" = 4mm ]; then
+            coarse
+            start=$(found "$work/brain-none-1of4by16-4mm")
+        elif [ -z "$start" ] && [ "$recipe" = brain-none-1of4by16-2mm-more ]; then
+            coarse
             part brain-none-1of4by16-2mm-short "$plans" "$(found "$work/brain-none-1of4by16-4mm")"
-            start=$(found "$work/brain-none-1of4by16-2mm-short")
+            part brain-none-1of4by16-2mm-last "$plans" "$(found "$work/brain-none-1of4by16-2mm-short")"
+            start=$(found "$work/brain-none-1of4by16-2mm-last")
         fi
         part "$recipe" "$from" "$start"
     fi
     bundle=$work/bundles/$recipe
-    rm -rf "$bundle"
+    rm -rf "$bundle" "$bundle-$version"
     segnode-train export "$(found "$work/$recipe")" --name brain-structures -o "$bundle" \
         --checkpoint "$checkpoint" --golden-image "$work/golden.nii.gz" --labels-file "$here/labels.yaml" \
         --method "training on images drawn from label maps, recipe $recipe" --recipe "$recipe"
     segnode-train evaluate "$bundle" "$work/claim" --name "$recipe" -o "$work/evaluations/$recipe.json"
-    python -m training.synthesis.real_scans "$bundle" "$work/scans/$recipe" \
+    segnode-train ship "$bundle" --version "$version" --figures "float32=$work/evaluations/$recipe.json" \
+        --evaluated-on "$claim" --labels-file "$here/labels.yaml" -o "$bundle-$version"
+    python -m training.synthesis.real_scans "$bundle-$version" "$work/scans/$recipe" \
         $(find "$scans" -mindepth 1 -maxdepth 1 2>/dev/null)
-    python -m training.synthesis.consistency "$bundle" "$work/scans/$recipe/consistency.json"
-    python -m training.synthesis.scan_report "$bundle" "$work/scans/$recipe" "$here/README.md"
 done
+
+if [ "$spacing" = 2mm ]; then
+    for recipe in "$@"; do
+        python -m training.synthesis.consistency "$work/bundles/$recipe-$version" "$work/scans/$recipe/consistency.json"
+        python -m training.synthesis.scan_report "$work/bundles/$recipe-$version" "$work/scans/$recipe" "$here/README.md"
+    done
+elif [ $# -gt 1 ]; then
+    {
+        echo "title: Teacher and students of the brain at $spacing"
+        echo "cases: ${claim%% (*}"
+        echo "teacher: brain-teacher-$spacing"
+        echo "baseline: brain-none-1of4-$spacing"
+        echo "runs:"
+        for recipe in "$@"; do
+            echo "  - {name: $recipe, results: \"$(realpath "$(found "$work/$recipe")")\", evaluations: [evaluations/$recipe.json]}"
+        done
+    } > "$work/table.yaml"
+    segnode-train report "$work/table.yaml" -o "$work/table"
+fi
