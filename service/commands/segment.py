@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +12,7 @@ from pydantic import ValidationError
 
 from models.errors import SegnodeError
 from service.commands.console import note, progress_bar, show_table, warn
+from service.commands.outputs import replace_together
 from service.commands.settings import Config, cache_dir, load, models_of_node_or_cache
 
 if TYPE_CHECKING:
@@ -57,7 +56,13 @@ def segment(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="out.nii.gz, or out.dcm for a DICOM-SEG (of DICOM input).")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="out.nii.gz, or out.dcm for a DICOM-SEG (of DICOM input).",
+            dir_okay=False,
+        ),
     ],
     model: Annotated[str | None, typer.Option(metavar="NAME[@VERSION]", help="A model of the node.")] = None,
     bundle: Annotated[
@@ -69,7 +74,9 @@ def segment(
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all unless given.")] = None,
     measurements: Annotated[
         Path | None,
-        typer.Option(help="Write the volumes as a DICOM SR too (of DICOM input).", metavar="PATH"),
+        typer.Option(
+            help="Write the volumes as a DICOM SR too (of DICOM input).", metavar="PATH", dir_okay=False
+        ),
     ] = None,
     gantry_tilt: Annotated[
         GantryTilt, typer.Option(help="What to do with a DICOM series that was taken with a tilted gantry.")
@@ -95,8 +102,9 @@ def segment(
 ) -> None:
     """Segment one case and write the labels; volumes go to standard output.
 
-    The same steps as in the node. An input that cannot be segmented ends with exit status 3,
-    its reason code first on standard error.
+    The same steps as in the node. The files to write stay as they were until all is made, and are then
+    replaced together; one that the model finds nothing for is removed. An input that cannot be segmented
+    ends with exit status 3, its reason code first on standard error.
     """
     kind = _kind_of(output, inputs)
     if measurements is not None:
@@ -142,9 +150,8 @@ def segment(
         finally:
             segmenter.close()
         bar.update(task, description="done", completed=1.0)
-        if measurements is not None:
-            _deliver(outcome, Path(scratch) / "results", "report", measurements)
-        _deliver(outcome, Path(scratch) / "results", kind, output)
+        wanted = {output: kind} | ({measurements: "report"} if measurements is not None else {})
+        _deliver(outcome, Path(scratch) / "results", wanted)
     _report(outcome, opened, output)
 
 
@@ -215,17 +222,17 @@ def _open(model: str | None, bundle: Path | None, config: Path | None) -> tuple[
     return (registry.get(name, version) if version else registry.active(name)), cache
 
 
-def _deliver(outcome: PipelineOutcome, results: Path, kind: str, output: Path) -> None:
-    """Put the file that was asked for in its place, at once and complete."""
-    file = next((f for f in outcome.files if f.kind == kind), None)
-    if file is None:
-        raise NothingFoundError(
-            "The model found none of its labels, and a SEG cannot be empty.",
-            remedy="Ask for a .nii.gz, which can; and look whether the input shows what the model looks for.",
-        )
-    unfinished = output.with_name(f".{output.name}.part")
-    shutil.copyfile(results / file.name, unfinished)
-    os.replace(unfinished, output)
+def _deliver(outcome: PipelineOutcome, results: Path, wanted: dict[Path, str]) -> None:
+    """Put the files that were asked for, each of its kind, in their places: all of this run, or as before."""
+    made = {file.kind: results / file.name for file in outcome.files}
+    replace_together({path: made.get(kind) for path, kind in wanted.items()})
+    for path, kind in wanted.items():
+        if kind not in made:
+            raise NothingFoundError(
+                f"The model found none of its labels, and a SEG cannot be empty: there is no {path.name}.",
+                remedy="Ask for a .nii.gz, which can; and look whether the input shows what the model "
+                "looks for.",
+            )
 
 
 def _report(outcome: PipelineOutcome, bundle: Bundle, output: Path) -> None:

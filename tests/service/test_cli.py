@@ -163,6 +163,28 @@ def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode: Segnode, bundle: Bu
     assert segnode("segment", "dark", "--bundle", bundle.folder, "-o", "out.nii.gz").status == 0
 
 
+def test_no_file_of_an_earlier_run_stays_beside_those_of_this_one(
+    segnode: Segnode, bundle: Bundle, series: list[Path], tmp_path: Path
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in Path("out").iterdir()}
+
+    Path("out").mkdir()
+    rest = ("--bundle", bundle.folder, "-o", "out/seg.dcm", "--measurements", "out/sr.dcm")
+    assert segnode("segment", series[0].parent, *rest).status == 0
+    earlier = files()
+    assert earlier.keys() == {"seg.dcm", "sr.dcm"}
+    write_classic_series(tmp_path / "tilted", image(), TILTED)
+    assert segnode("segment", "tilted", *rest).status == 3
+    assert files() == earlier  # a run without a result touches nothing
+    write_classic_series(tmp_path / "dark", np.minimum(image(), 90), AFFINE)
+    nothing = segnode("segment", "dark", *rest)
+    assert (nothing.status, nothing.err.split(":")[0]) == (1, "NOTHING_FOUND")
+    assert "there is no seg.dcm" in nothing.err
+    assert files().keys() == {"sr.dcm"}
+    assert files()["sr.dcm"] != earlier["sr.dcm"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -175,6 +197,7 @@ def test_a_seg_of_nothing_is_an_error_with_a_remedy(segnode: Segnode, bundle: Bu
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "sr.txt"), "end in .dcm"),
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "out.dcm"), "is taken by"),
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--measurements", "no/sr.dcm"), "no folder"),
+        (("series", "--bundle", "bundle", "-o", "folder.dcm"), "is a directory"),
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--volume", "first"), "is not like EchoTime"),
         (("series", "--bundle", "bundle", "-o", "out.dcm", "--volume", "Hue:first"), "Hue is none of"),
         (("absent.nii.gz", "--bundle", "bundle", "-o", "out.nii.gz"), "does not exist"),
@@ -184,6 +207,7 @@ def test_what_is_not_understood_ends_with_2(
     segnode: Segnode, bundle: Bundle, series: list[Path], arguments: tuple[str, ...], said: str
 ) -> None:
     nibabel.save(nibabel.Nifti1Image(image().astype(np.int16), np.eye(4)), "case.nii.gz")
+    Path("folder.dcm").mkdir()
     result = segnode("segment", *arguments)
     assert result.status == 2
     assert said in " ".join(result.err.split())
