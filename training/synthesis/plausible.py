@@ -11,31 +11,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedRange:
-    """Smallest and largest volume in mL, of both sides together or of one, and where it is from."""
+    """Smallest and largest volume in mL, of one side or of a structure in the middle, and its source."""
 
     low_ml: float
     high_ml: float
-    both_sides: bool
     source: str
 
 
-_PEERS = (
-    "PLoS ONE 11(1): e0147332, table 4: extremes of 40 older adults without Parkinson's disease, FreeSurfer"
-)
-_HIPPOCAMPUS = (
-    "Hippocampal Volume Measurements Using Magnetic Resonance Imaging in Normal Young Adults, abstract: what "
-    "earlier studies by MR and histology had found"
-)
-_AMYGDALA = (
-    "J. Pers. Med. 2021, 11(2), 121, table 2: mean and two standard deviations of the healthy subjects"
+_VOLUNTEERS = (
+    "github.com/predictive-clinical-neuroscience/PCNtoolkit-demo, data/fcon1000_icbm_tr.csv and "
+    "data/fcon1000_icbm_te.csv at commit 4a8c71f: extremes, over both sides, of FreeSurfer's volumes of 84 "
+    "volunteers aged 19 to 85 (1000 Functional Connectomes Project, site ICBM; one row that repeats another "
+    "left out)"
 )
 
+# A lateral ventricle is the sum with its inferior horn, as this project's label is. Cortex and cerebral white
+# matter are what FreeSurfer's surfaces enclose. How much of the brain stem there is to measure depends on the
+# field of view. Ventricles grow with age: the largest lateral and third ventricles are a person's of 69.
 PUBLISHED: dict[str, PublishedRange] = {
-    "thalamus": PublishedRange(10.286, 16.222, True, _PEERS),
-    "caudate": PublishedRange(5.452, 10.455, True, _PEERS),
-    "putamen": PublishedRange(8.359, 12.570, True, _PEERS),
-    "hippocampus": PublishedRange(1.73, 5.68, False, _HIPPOCAMPUS),
-    "amygdala": PublishedRange(0.85, 1.65, False, _AMYGDALA),
+    "cerebral white matter": PublishedRange(167.711, 307.009, _VOLUNTEERS),
+    "cerebral cortex": PublishedRange(174.088, 340.626, _VOLUNTEERS),
+    "lateral ventricle": PublishedRange(2.752, 36.295, _VOLUNTEERS),
+    "thalamus": PublishedRange(6.045, 10.644, _VOLUNTEERS),
+    "caudate": PublishedRange(2.284, 4.892, _VOLUNTEERS),
+    "putamen": PublishedRange(3.471, 6.328, _VOLUNTEERS),
+    "pallidum": PublishedRange(1.520, 2.551, _VOLUNTEERS),
+    "hippocampus": PublishedRange(3.320, 5.686, _VOLUNTEERS),
+    "amygdala": PublishedRange(1.095, 2.650, _VOLUNTEERS),
+    "accumbens": PublishedRange(0.240, 0.678, _VOLUNTEERS),
+    "ventral diencephalon": PublishedRange(3.225, 5.237, _VOLUNTEERS),
+    "cerebellar white matter": PublishedRange(8.490, 19.578, _VOLUNTEERS),
+    "cerebellar cortex": PublishedRange(38.086, 77.128, _VOLUNTEERS),
+    "Third ventricle": PublishedRange(0.574, 3.068, _VOLUNTEERS),
+    "Fourth ventricle": PublishedRange(1.139, 3.561, _VOLUNTEERS),
+    "Brain stem": PublishedRange(16.340, 27.754, _VOLUNTEERS),
 }
 """By the structure's name without its side."""
 
@@ -57,10 +66,12 @@ SYMMETRIC_WITHIN: dict[str, float] = {
 """Three standard deviations of 2 (L - R) / (L + R) in the 20 label maps; some show one-sided atrophy."""
 
 
-def is_published(name: str, left_ml: float, right_ml: float) -> bool | None:
-    """Whether the volumes of a pair lie in the published range; None where none is known here."""
+def is_published(name: str, *volumes_ml: float) -> bool | None:
+    """Whether the volume of each side, or of a structure in the middle, lies in the published range.
+
+    None where no range is known here.
+    """
     known = PUBLISHED.get(name)
     if known is None:
         return None
-    volumes = (left_ml + right_ml,) if known.both_sides else (left_ml, right_ml)
-    return all(known.low_ml <= volume <= known.high_ml for volume in volumes)
+    return all(known.low_ml <= volume <= known.high_ml for volume in volumes_ml)

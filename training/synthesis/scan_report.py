@@ -28,8 +28,9 @@ def report(
     """
     measured = scans["scans"]
     parts = [
-        "Volumes in mL, left / right. **Bold**: outside of the published range, or of the bundle's own where "
-        "none is given; *italic*: the sides differ by more than the label maps' (three standard deviations).",
+        "Volumes in mL, left / right; a published range is of each side. **Bold**: outside of the published "
+        "range, or of the bundle's own where none is given; *italic*: the sides differ by more than the "
+        "label maps' (three standard deviations).",
         _volumes(labels, measured),
         _sources(),
         _scans(measured),
@@ -76,8 +77,7 @@ def _volumes(labels: Sequence[Label], measured: Sequence[Mapping[str, Any]]) -> 
             name = label.name.removeprefix("Left ")
         own = " / ".join(_range(each.volume_range_ml) for each in pair)
         known = PUBLISHED.get(name)
-        published = "" if known is None else f"{_range((known.low_ml, known.high_ml))}"
-        published += " for both" if known is not None and known.both_sides else ""
+        published = "" if known is None else _range((known.low_ml, known.high_ml))
         cells = [_cell(name, pair, one) for one in measured]
         rows.append(f"| {name} | {own} | {published} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -85,7 +85,7 @@ def _volumes(labels: Sequence[Label], measured: Sequence[Mapping[str, Any]]) -> 
 
 def _cell(name: str, pair: Sequence[Label], one: Mapping[str, Any]) -> str:
     volumes = [one["volumes_ml"][each.name] for each in pair]
-    fine = is_published(name, *volumes) if len(volumes) == 2 else None
+    fine = is_published(name, *volumes)
     if fine is None:
         fine = not any(each.name in one["outside"] for each in pair)
     text = " / ".join(f"{volume:.3g}" for volume in volumes)
