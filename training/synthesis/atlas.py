@@ -85,7 +85,12 @@ def on_grid_of(atlas: Labelmap, labelmap: Labelmap) -> NDArray[Any]:
     flip = np.eye(4)[[2, 1, 0, 3]]  # affines count x, y, z; arrays z, y, x
     there = flip @ np.linalg.inv(atlas.affine) @ labelmap.affine @ flip
     found: NDArray[Any] = affine_transform(
-        atlas.array, there[:3, :3], there[:3, 3], output_shape=labelmap.array.shape, order=0, mode="grid-constant"
+        atlas.array,
+        there[:3, :3],
+        there[:3, 3],
+        output_shape=labelmap.array.shape,
+        order=0,
+        mode="grid-constant",
     )
     return found
 
