@@ -255,7 +255,16 @@ class TestReport:
             "tolerance": {"Left caudate": 0.2, "Brain stem": 0.1},
             "beyond_tolerance": ["Brain stem"],
         }
-        text = scan_report.report((*caudate, stem), scans, content)
+        sides = ("Left caudate", "Right caudate", "Brain stem")
+        found = {
+            name: {"dice": 0.8 - i / 10, "volume_ml": 4.0 + i, "atlas_ml": 5.0}
+            for i, name in enumerate(sides)
+        }
+        atlas = {"scan": "icbm.nii", "atlas": "all.nii", "mean_dice": 0.7, "structures": found}
+        text = scan_report.report((*caudate, stem), scans, content, atlas)
+        assert "icbm.nii beside all.nii: mean Dice 0.700 of 3 structures" in text
+        assert "| caudate | 0.80 / 0.70 | 4 / 5 | 5 / 5 |" in text
+        assert "| Brain stem | 0.60 | 6 | 5 |" in text
         assert "| caudate |  /  | 2.28 to 4.89 | ***0.6 / 0.4*** |" in text
         assert "| Brain stem | 0.1 to 0.2 | 16.3 to 27.8 | **0** |" in text
         assert "| one | 20x20x20 | 1x1x1 | 1.2 | 1 of 3 | 2: 0.042 mL |" in text

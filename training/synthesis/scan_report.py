@@ -17,14 +17,17 @@ BEGIN, END = "<!-- real scans: begin -->", "<!-- real scans: end -->"
 
 
 def report(
-    labels: Sequence[Label], scans: Mapping[str, Any], consistency: Mapping[str, Any] | None = None
+    labels: Sequence[Label],
+    scans: Mapping[str, Any],
+    consistency: Mapping[str, Any] | None = None,
+    atlas: Mapping[str, Any] | None = None,
 ) -> str:
     """Volumes and asymmetry beside what is plausible, agreement with tissue maps, and repeated acquisitions.
 
     Parameters
     ----------
-    scans, consistency : mapping
-        As ``scans.json`` and ``consistency.json`` hold them.
+    scans, consistency, atlas : mapping
+        As ``scans.json``, ``consistency.json`` and ``atlas.json`` hold them.
     """
     measured = scans["scans"]
     parts = [
@@ -41,6 +44,8 @@ def report(
             f"ICBM152, Dice with its own tissue maps where they are over one half: cortex and deep grey "
             f"{dice['grey']:.3f}, white matter {dice['white']:.3f}."
         )
+    if atlas is not None:
+        parts.append(_atlas(labels, atlas))
     if consistency is not None:
         parts.append(_acquisitions(consistency))
     return "\n\n".join(parts)
@@ -119,6 +124,30 @@ def _scans(measured: Sequence[Mapping[str, Any]]) -> str:
 _GRID = (("shape_zyx", -1), ("spacing_mm", 1))  # both told as x, y, z
 
 
+def _atlas(labels: Sequence[Label], atlas: Mapping[str, Any]) -> str:
+    found = atlas["structures"]
+    rows = [
+        f"{atlas['scan']} beside {atlas['atlas']}: mean Dice {atlas['mean_dice']:.3f} of "
+        f"{len(found)} structures (volumes in mL, left / right).",
+        "",
+        "| | Dice | volume | atlas |",
+        "|---|---|---|---|",
+    ]
+    for label in labels:
+        if label.laterality is Laterality.RIGHT or label.name not in found:
+            continue
+        names = [label.name]
+        if label.laterality is Laterality.LEFT:
+            names.append(label.name.replace("Left", "Right", 1))
+        sides = [found[name] for name in names if name in found]
+        dice, volume, theirs = (
+            " / ".join(format(side[key], style) for side in sides)
+            for key, style in (("dice", ".2f"), ("volume_ml", ".3g"), ("atlas_ml", ".3g"))
+        )
+        rows.append(f"| {label.name.removeprefix('Left ')} | {dice} | {volume} | {theirs} |")
+    return "\n".join(rows)
+
+
 def _islands(one: Mapping[str, Any]) -> str:
     return f"{one['islands']}: {one['removed_ml']:.3g} mL" if one.get("islands") else "none"
 
@@ -151,17 +180,19 @@ def main() -> None:
     """Command line: ``python -m training.synthesis.scan_report BUNDLE FOLDER README.md``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("folder", type=Path, help="with scans.json, and consistency.json if there is one")
+    parser.add_argument(
+        "folder", type=Path, help="with scans.json, and consistency.json and atlas.json if there"
+    )
     parser.add_argument("markdown", type=Path, help="a document whose marked part is replaced")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     scans = json.loads((arguments.folder / "scans.json").read_text())
-    path = arguments.folder / "consistency.json"
-    consistency = json.loads(path.read_text()) if path.exists() else None
-    for each in (scans, consistency):
+    paths = [arguments.folder / name for name in ("consistency.json", "atlas.json")]
+    consistency, atlas = (json.loads(path.read_text()) if path.exists() else None for path in paths)
+    for each in (scans, consistency, atlas):
         if each is not None and each["bundle_digest"] != bundle.digest:
             raise TrainingDataError("The figures are of another bundle.", remedy="Measure this one.")
-    text = report(bundle.manifest.labels, scans, consistency)
+    text = report(bundle.manifest.labels, scans, consistency, atlas)
     document: str = arguments.markdown.read_text(encoding="utf-8")
     arguments.markdown.write_text(into(document, text), encoding="utf-8")
 
