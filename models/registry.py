@@ -366,7 +366,7 @@ class Registry:
         except (RegistryError, SignatureError) as error:
             raise ModelChangedError(
                 f"The active version {active_version} of {name!r} cannot be compared with: {error.message}",
-                remedy="Confirm the change explicitly, or add the same bundle again to repair it.",
+                remedy=f"Confirm the change explicitly, or set the active version right. {error.remedy}",
             ) from error
         if changes:
             raise ModelChangedError(

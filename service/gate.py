@@ -99,10 +99,10 @@ def run_gate(
     """
     checks: list[Check] = []
     candidate = _open(registry, name, version, checks)
-    against = _active(registry, name)
+    against, incomparable = _active(registry, name)
     if candidate is None:
         return _report(name, version, None, against, checks, None, None)
-    checks.append(_judge_meaning(candidate, against, accept_changed_labels))
+    checks.append(incomparable or _judge_meaning(candidate, against, accept_changed_labels))
     cases, unusable = _site_cases(settings, records, spool, registry, name)
     checks += unusable
     now = _try(settings, candidate, cases, stop, renew)
@@ -143,15 +143,25 @@ def _signature(registry: Registry, bundle: Bundle) -> str:
     return f"Signed by the trusted key {key_id(signer_of(bundle.folder, registry.trusted_keys))}."
 
 
-def _active(registry: Registry, name: str) -> Bundle | None:
-    """The active version to compare with; None where there is none that can be run."""
+def _active(registry: Registry, name: str) -> tuple[Bundle | None, Check | None]:
+    """The active version to compare with, or a check that was not passed where there is one that cannot be
+    read; neither where there is none, or a withdrawn one."""
     version = registry.active_version(name)
     if version is None or registry.is_withdrawn(name, version):
-        return None
+        return None, None
     try:
-        return registry.get(name, version)
-    except SegnodeError:
-        return None  # altered, or signed by nobody: activation says so, and needs a confirmation
+        return registry.get(name, version), None
+    except SegnodeError as error:
+        what = f"Nothing can be compared with the active version {version}: {_why_unusable(error)}"
+        return None, Check("active", False, what)
+
+
+def _why_unusable(error: SegnodeError) -> str:
+    """Why an installed version cannot be read, and what to do: one that is merely not trusted (any more) is
+    whole, and is not to be repaired."""
+    if isinstance(error, SignatureError):
+        return f"its signature is not trusted now. {error.message} {error.remedy}"
+    return f"{error.message} {error.remedy}"
 
 
 def _judge_meaning(candidate: Bundle, active: Bundle | None, accepted: bool) -> Check:
@@ -168,19 +178,25 @@ def _judge_meaning(candidate: Bundle, active: Bundle | None, accepted: bool) -> 
 def _site_cases(
     settings: Settings, records: Records, spool: Spool, registry: Registry, name: str
 ) -> tuple[list[_Case], list[Check]]:
-    """The site's golden cases, ready to be run; a check that was not passed for each that is damaged."""
+    """The site's golden cases, ready to be run; a check that was not passed for each other one."""
     cases, unusable = [], []
     with records.read() as session:
         for row in list_cases(session, model_name=name):
-            path = spool.absolute(row.path)
+            path, maker = spool.absolute(row.path), row.job.model_version or ""
+            case = f"The site's golden case {row.case_id}"
             try:
                 if hashlib.sha256(path.read_bytes()).hexdigest() != row.sha256:
                     raise OSError("altered")
                 approved = read_labelmap(path)
-                made_by = registry.get(name, row.job.model_version or "")
-            except (OSError, SegnodeError):
-                what = f"The site's golden case {row.case_id} is damaged: restore it, or remove the case."
-                unusable.append(Check("site_cases", False, what))
+            except (OSError, Refusal):
+                what = "is damaged: restore it, or remove the case."
+                unusable.append(Check("site_cases", False, f"{case} {what}"))
+                continue
+            try:
+                made_by = registry.get(name, maker)
+            except SegnodeError as error:
+                what = f"cannot be used without version {maker}, which made it: {_why_unusable(error)}"
+                unusable.append(Check("site_cases", False, f"{case} {what}"))
                 continue
             order = order_of_job(session, settings, spool, row.job_id, attempt=0, output_dir=path)
             cases.append(_Case(row.case_id, order, approved, tuple(made_by.manifest.labels)))

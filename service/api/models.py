@@ -75,7 +75,7 @@ def _version(registry: Registry, name: str, version: str) -> ModelVersion:
     try:
         bundle = registry.get(name, version)
     except (BundleError, RegistryError) as error:  # one bad version must not hide the others
-        fault = error.message
+        fault = f"{error.message} {error.remedy}".strip()
     return ModelVersion(
         version=version,
         digest=bundle.digest if bundle else None,

@@ -162,13 +162,15 @@ class ModelVersion(_Document):
     """An installed version of a model."""
 
     version: str = Field(examples=["1.0.0"])
-    digest: str | None = Field(description="Null where the version is no longer what was installed.")
+    digest: str | None = Field(description="Null where the version cannot be used.")
     title: str | None
     channels: list[str] = Field(description="In the order in which an upload's files are sent.")
     labels: list[str]
     active: bool
     withdrawn: bool
-    fault: str | None = Field(description="Why the version cannot be used; null where it can.")
+    fault: str | None = Field(
+        description="Why the version cannot be used, and what to do; null where it can."
+    )
 
 
 class ModelDocument(_Document):

@@ -390,6 +390,21 @@ def test_a_damaged_active_version_can_be_left_with_a_confirmation_only(models: R
     assert models.activate("threshold", "1.1.0", accept_changed_labels=True).manifest.version == "1.1.0"
 
 
+def test_an_active_version_that_is_not_trusted_now_is_not_to_be_repaired(
+    models: Registry, make: Make
+) -> None:
+    _add_and_activate(models, make("1.0.0"))
+    models.add(make("1.1.0"), check_golden=False)
+    sign(models.root / "threshold" / "1.1.0", KEY)
+    strict = Registry(models.root, trusted_keys=[KEY.public_key()])
+    with pytest.raises(
+        ModelChangedError, match=r"1\.0\.0 .* cannot be compared with: .* not signed"
+    ) as caught:
+        strict.activate("threshold", "1.1.0")
+    assert "trust its maker's key" in caught.value.remedy
+    assert "repair" not in caught.value.remedy
+
+
 def test_a_withdrawn_version_cannot_be_activated_nor_rolled_back_to(models: Registry, make: Make) -> None:
     _add_and_activate(models, make("1.0.0"), make("1.1.0"), make("1.2.0"))
     models.withdraw("threshold", "1.1.0")

@@ -360,6 +360,18 @@ def test_a_model_is_swapped_and_taken_back_and_changed_labels_take_a_confirmatio
     assert "model.rolled_back" in admin.get("audit").text
 
 
+def test_an_active_version_that_cannot_be_used_is_shown_with_its_fault(
+    admin: Browser, api: ApiHarness
+) -> None:
+    api.install()
+    assert "cannot be used" not in admin.get("models").text
+    (api.registry.root / "threshold" / "1.0.0" / "card.md").write_text("changed")
+    page = admin.get("models").text
+    assert re.search(r">active</span>\s*<span class=\"state failed\">cannot be used</span>", page)
+    assert "card.md" in page
+    assert "adding the same bundle again repairs it" in page
+
+
 def test_gate_and_shadow_mode_are_begun_from_the_page_and_seen_there(admin: Browser, api: ApiHarness) -> None:
     api.install()
     api.install(activate=False, version="1.1.0")

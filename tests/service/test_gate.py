@@ -183,6 +183,40 @@ def test_a_damaged_case_is_not_passed_over(api: ApiHarness, case: str, trial: ty
     assert f"The site's golden case {case} is damaged" in failed(put_to_the_test(api, version))["site_cases"]
 
 
+def test_an_active_version_that_is_merely_not_trusted_now_is_not_called_damaged(
+    api: ApiHarness, case: str, trial: type[TrialStandIn]
+) -> None:
+    version = api.install(version="1.1.0", title="Another title", activate=False)
+    sign(api.registry.root / "threshold" / "1.0.0", STRANGER)
+    sign(api.registry.root / "threshold" / version, TRUSTED)
+    api.registry = Registry(api.registry.root, trusted_keys=[TRUSTED.public_key()], runtimes=["onnxruntime"])
+    report = put_to_the_test(api, version, accept=True)
+    said = failed(report)
+    assert set(said) == {"active", "site_cases"}
+    assert "with the active version 1.0.0: its signature is not trusted now" in said["active"]
+    assert (
+        f"case {case} cannot be used without version 1.0.0, which made it: its signature"
+        in (said["site_cases"])
+    )
+    for sentence in said.values():
+        assert "trust its maker's key" in sentence
+        assert "damaged" not in sentence
+    assert "labels" not in {check["name"] for check in report.content["checks"]}
+
+
+def test_an_altered_active_version_is_told_from_a_damaged_case(
+    api: ApiHarness, case: str, trial: type[TrialStandIn]
+) -> None:
+    version = api.install(version="1.1.0", title="Another title", activate=False)
+    (api.registry.root / "threshold" / "1.0.0" / "card.md").write_text("changed")
+    said = failed(put_to_the_test(api, version))
+    assert set(said) == {"active", "site_cases"}
+    for sentence in said.values():
+        assert "1.0.0 of 'threshold' is no longer what was installed: 'card.md' was altered" in sentence
+        assert "adding the same bundle again repairs it" in sentence
+        assert "is damaged" not in sentence
+
+
 def test_a_first_version_is_judged_alone(api: ApiHarness, trial: type[TrialStandIn]) -> None:
     version = api.install(activate=False)
     report = put_to_the_test(api, version)
