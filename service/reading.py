@@ -29,7 +29,8 @@ NUMBERED_TRAITS = (
 """What volumes of one series can differ in, in DICOM's own words, where the values are numbers."""
 
 TIME_TRAITS = ("AcquisitionTime", "ContentTime")
-"""The same, where they are times of a day."""
+"""The same, where they are times. Of single-frame images a time is one with its date where that is stated
+(AcquisitionDate, AcquisitionDateTime; ContentDate), as of enhanced ones: 20260304235930.5."""
 
 NAMED_TRAITS = ("ImageType", "ComplexImageComponent", "ConvolutionKernel", "StackID")
 """The same, where they have no order."""
@@ -44,11 +45,14 @@ class VolumeRule(BaseModel):
         What the volumes differ in: one of ``NUMBERED_TRAITS``, ``TIME_TRAITS`` and ``NAMED_TRAITS``, in
         single-frame headers as well as in the functional groups of enhanced objects.
     take : str, optional
-        The volume with the smallest value, or with the largest.
+        The volume with the smallest value, or with the largest; of times the earliest or the latest, by their
+        dates. Times without a date, or on one date, are refused where they lie more than 12 hours apart:
+        midnight may be between them.
     nearest : float, optional
         The volume whose value is nearest to this one; the smaller of two that are equally near.
     equals : str or float, optional
-        The volume with this value, or with this one among several (``ImageType``). It holds where a series
+        The volume with this value, or with this one among several (``ImageType``), or at this time of
+        whatever date. It holds where a series
         is one volume too: one of another value is refused.
     """
 

@@ -45,8 +45,8 @@ _WANTED = [Tag(keyword) for keyword in (
     "EchoTime", "EchoNumbers", "InversionTime", "RepetitionTime", "FlipAngle", "DiffusionBValue",
     "TemporalPositionIdentifier", "TriggerTime", "NominalPercentageOfCardiacPhase", "FrameReferenceTime",
     "KVP", "ComplexImageComponent",
-    "AcquisitionNumber", "ConvolutionKernel", "AcquisitionDate", "AcquisitionTime", "ContentDate",
-    "ContentTime",
+    "AcquisitionNumber", "ConvolutionKernel", "AcquisitionDate", "AcquisitionTime", "AcquisitionDateTime",
+    "ContentDate", "ContentTime",
     "SeriesDate", "SeriesTime",
 )]
 _WANTED += [Tag(0x0019, 0x0010), Tag(0x0019, 0x100C), Tag(0x0043, 0x0010), Tag(0x0043, 0x1039)]  # b-values

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pydicom.dataset import Dataset
 
-from service.dicom.elements import private_strings, real, strings
+from service.dicom.elements import private_strings, real, string, strings
 from service.dicom.frames import Frame
 from service.reading import NAMED_TRAITS, NUMBERED_TRAITS, TIME_TRAITS
 
@@ -40,7 +40,11 @@ _SOURCES: dict[str, tuple[tuple[str, str], ...]] = {
     "FrameReferenceTime": (("", "FrameReferenceTime"),),
     "KVP": (("CTXRayDetailsSequence", "KVP"), ("", "KVP")),
     "AcquisitionNumber": ((_FRAME, "FrameAcquisitionNumber"), ("", "AcquisitionNumber")),
-    "AcquisitionTime": ((_FRAME, "FrameAcquisitionDateTime"), ("", "AcquisitionTime")),
+    "AcquisitionTime": (
+        (_FRAME, "FrameAcquisitionDateTime"),
+        ("", "AcquisitionTime"),
+        ("", "AcquisitionDateTime"),
+    ),
     "ContentTime": (("", "ContentTime"),),
     "ImageType": (
         ("MRImageFrameTypeSequence", "FrameType"),
@@ -57,6 +61,12 @@ _SOURCES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 assert set(_SOURCES) == {*NUMBERED_TRAITS, *TIME_TRAITS, *NAMED_TRAITS}
 
+# Where the date of a time of day is found, which goes in front of it: the first that is stated counts.
+_DATES = {
+    "AcquisitionTime": ("AcquisitionDate", "AcquisitionDateTime"),
+    "ContentTime": ("ContentDate",),
+}
+
 # The first number of a private element: (group, element, creator). Siemens' and GE's conformance statements
 # for MR name both; GE adds a thousand million to mark b-values of several directions.
 _PRIVATE_B_VALUES = ((0x0019, 0x0C, "SIEMENS MR HEADER"), (0x0043, 0x39, "GEMS_PARM_01"))
@@ -64,7 +74,7 @@ _GE_MARK = 1e9
 
 
 def trait(frame: Frame, name: str) -> Trait:
-    """What a frame states of an attribute that tells volumes apart."""
+    """What a frame states of an attribute that tells volumes apart; a time with its date, as in a DT."""
     for macro, keyword in _SOURCES[name]:
         group = frame.group(macro) if macro else frame.instance.header
         value = _value(group, keyword, name) if group is not None else None
@@ -89,7 +99,18 @@ def _value(group: Dataset, keyword: str, name: str) -> Trait:
     if name in NUMBERED_TRAITS:
         return real(group, keyword)
     texts = tuple(text for text in strings(group, keyword) if text)
+    if texts and keyword in _DATES:
+        return (_date(group, keyword) + texts[0].replace(":", ""),)
     return texts or None
+
+
+def _date(header: Dataset, keyword: str) -> str:
+    """The date of a time of day as YYYYMMDD; empty where none is stated."""
+    for source in _DATES[keyword]:
+        stated = (string(header, source) or "").replace(".", "")[:8]  # dots are the form of ACR-NEMA
+        if len(stated) == 8 and stated.isdecimal():
+            return stated
+    return ""
 
 
 def _private_b_value(header: Dataset) -> float | None:

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from models.errors import ReasonCode, Refusal
 from service.dicom.frames import Frame
+from service.dicom.moments import in_order
 from service.dicom.traits import Trait, differing_traits, text_of, trait
-from service.reading import VolumeRule
+from service.reading import TIME_TRAITS, VolumeRule
 
 _SAME_PLACE_MM = 0.1  # positions of one slice in two volumes may be rounded differently
 _PARALLEL = 0.999  # cosine between the normals of images whose positions are compared
 _LISTED = 6
+_DATE = 8  # characters of a date before its time
 _RELATIVE = 1e-6  # between two decimal spellings of one number
 
 
@@ -92,17 +94,37 @@ def told_apart(frames: Sequence[Frame], places: NDArray[np.intp], count: int) ->
 def _choose(stated: Sequence[Trait], rule: VolumeRule) -> set[Trait]:
     """The values that a rule takes of those that are stated, in ascending order."""
     if rule.take is not None:
-        return {stated[0 if rule.take == "first" else -1]}
+        ordered = _by_time(stated, rule) if rule.by in TIME_TRAITS else stated
+        return {ordered[0 if rule.take == "first" else -1]}
     if rule.nearest is not None:
         numbers = [value for value in stated if isinstance(value, float)]
         return {min(numbers, key=lambda value: abs(value - (rule.nearest or 0.0)))} if numbers else set()
-    return {value for value in stated if _is(value, rule.equals)}
+    return {value for value in stated if _is(value, rule.equals) or _is_at(value, rule)}
 
 
 def _is(value: Trait, wanted: float | str | None) -> bool:
     if isinstance(value, float):
         return isinstance(wanted, float) and abs(value - wanted) <= _RELATIVE * max(1.0, abs(wanted))
     return value is not None and (wanted in value or wanted == "\\".join(value))
+
+
+def _is_at(value: Trait, rule: VolumeRule) -> bool:
+    """True if a time of day that a rule asks for is that of a value, on whatever date."""
+    return rule.by in TIME_TRAITS and text_of(value)[_DATE:] == str(rule.equals).replace(":", "")
+
+
+def _by_time(stated: Sequence[Trait], rule: VolumeRule) -> list[Trait]:
+    """Times, the earliest first. Raises Refusal (MULTI_VOLUME) where their order cannot be told."""
+    by_text: dict[str, Trait] = {text_of(value): value for value in stated}
+    try:
+        return [by_text[text] for text in in_order(list(by_text))]
+    except ValueError as error:
+        raise Refusal(
+            ReasonCode.MULTI_VOLUME,
+            f"Which is {rule.sentence} of {_listed(stated)} cannot be told: {error}.",
+            remedy="Name another attribute in the route's rule, such as AcquisitionNumber or "
+            "TemporalPositionIndex, or choose the volume by equals.",
+        ) from error
 
 
 def _have_repeated_places(frames: Sequence[Frame]) -> bool:

@@ -221,9 +221,101 @@ def test_an_attribute_that_varies_from_slice_to_slice_takes_no_slice_away(tmp_pa
     error = refusal(two, rule(by="AcquisitionTime", take="first"))
     assert error.reason is ReasonCode.MULTI_VOLUME
     assert (
-        "does not tell volumes apart: with AcquisitionTime 120000 there are 1 of 14 images" in error.message
+        "does not tell volumes apart: with AcquisitionTime 20200101120000 there are 1 of 14 images"
+        in error.message
     )
     assert "none at 6 other positions" in error.message
+
+
+# --- Times
+
+
+EVENING, MORNING = {"AcquisitionTime": "235930.5"}, {"AcquisitionTime": "000210"}
+DATES = ({"AcquisitionDate": "20260304"}, {"AcquisitionDate": "20260305"})
+UNDATED = {"AcquisitionDate": ""}
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR:UserWarning")  # of the writer
+@pytest.mark.parametrize(
+    ("evening", "morning"),
+    [
+        (EVENING | DATES[0], MORNING | DATES[1]),
+        (
+            EVENING | UNDATED | {"AcquisitionDateTime": "20260304235930.5"},
+            MORNING | UNDATED | {"AcquisitionDateTime": "20260305000210"},
+        ),
+        (
+            {"AcquisitionTime": None, "AcquisitionDateTime": "20260304235930.5"},
+            {"AcquisitionTime": None, "AcquisitionDateTime": "20260305000210"},
+        ),
+        (
+            {"AcquisitionDate": "2026.03.04", "AcquisitionTime": "23:59:30"},
+            {"AcquisitionDate": "2026.03.05", "AcquisitionTime": "00:02:10"},
+        ),
+    ],
+)
+def test_the_first_volume_of_a_night_is_the_one_before_midnight(
+    tmp_path: Path, evening: dict[str, Any], morning: dict[str, Any]
+) -> None:
+    paths = volumes(tmp_path, evening, morning)
+    assert_is(read_series(paths, volume=rule(by="AcquisitionTime", take="first")), 0)
+    assert_is(read_series(paths, volume=rule(by="AcquisitionTime", take="last")), 1)
+
+
+def test_content_times_have_the_date_of_the_content(tmp_path: Path) -> None:
+    paths = volumes(
+        tmp_path,
+        {"ContentTime": "235959", "ContentDate": "20261231"},
+        {"ContentTime": "000001", "ContentDate": "20270101"},
+    )
+    source = read_series(paths, volume=rule(by="ContentTime", take="first"))
+    assert_is(source, 0)
+    said = "by ContentTime 20261231235959 of 20261231235959, 20270101000001."
+    assert source.warnings == (f"Taken: 7 of 14 images, {said}",)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR:UserWarning")  # of the writer
+@pytest.mark.parametrize(
+    ("own", "of_all", "said"),
+    [
+        (
+            (EVENING, MORNING),
+            UNDATED,
+            "24.0 h lie between them on one date or without any, and maybe midnight",
+        ),
+        ((EVENING, MORNING), DATES[0], "24.0 h lie between them on one date"),  # as de-identification may do
+        ((EVENING | DATES[0], MORNING | UNDATED), {}, "some of them state a date"),
+        ((EVENING, {"AcquisitionTime": "noon"}), {}, "one of them is no time"),
+        ((EVENING, {"AcquisitionTime": "996100"}), {}, "one of them is no time"),
+    ],
+)
+def test_times_whose_order_cannot_be_told_are_refused(
+    tmp_path: Path, own: tuple[dict[str, Any], ...], of_all: dict[str, Any], said: str
+) -> None:
+    paths = volumes(tmp_path, *own, **of_all)
+    error = refusal(paths, rule(by="AcquisitionTime", take="first"))
+    assert error.reason is ReasonCode.MULTI_VOLUME
+    assert "Which is the first AcquisitionTime of" in error.message
+    assert said in error.message
+
+
+def test_times_of_one_day_need_no_date_and_are_asked_for_without_one(tmp_path: Path) -> None:
+    times = ({"AcquisitionTime": "0902"}, {"AcquisitionTime": "090230.25"}, {"AcquisitionTime": "10"})
+    undated = volumes(tmp_path / "undated", *times, **UNDATED)
+    assert_is(read_series(undated, volume=rule(by="AcquisitionTime", take="last")), 2)
+    dated = volumes(tmp_path / "dated", *times)
+    for wanted in ("090230.25", "09:02:30.25", "20200101090230.25"):
+        assert_is(read_series(dated, volume=rule(by="AcquisitionTime", equals=wanted)), 1)
+
+
+def test_offsets_from_utc_count_where_the_clocks_are_set_back(tmp_path: Path) -> None:
+    texts = ("20261025025900+0200", "20261025020100+0100")
+
+    def when(number: int, frame: Dataset) -> None:
+        frame.FrameContentSequence[0].FrameAcquisitionDateTime = texts[number]
+
+    paths = enhanced(tmp_path, when)
+    assert_is(read_series(paths, volume=rule(by="AcquisitionTime", take="first")), 0)
 
 
 def test_every_second_slice_is_no_volume(tmp_path: Path) -> None:
