@@ -16,12 +16,16 @@ _SOC_SIZ = b"\xff\x4f\xff\x51"
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """Size of a compressed frame in pixels, its components and the bits of each sample."""
+    """Size of a compressed frame in pixels, its components, and the bits and the sign of each sample.
+
+    JPEG and JPEG-LS know no sign: their samples are never ``signed``.
+    """
 
     rows: int
     columns: int
     components: int
     precision: int
+    signed: bool = False
 
 
 def jpeg_frame_header(stream: bytes) -> FrameHeader | None:
@@ -64,4 +68,5 @@ def jpeg2000_frame_header(stream: bytes) -> FrameHeader | None:
         columns=right - left,
         components=int.from_bytes(stream[at + 40 : at + 42], "big"),
         precision=(stream[at + 42] & 0x7F) + 1,
+        signed=stream[at + 42] >= 0x80,
     )

@@ -7,7 +7,7 @@ ends the whole process on some damaged JPEG and RLE frames, where a refusal of o
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,11 @@ from pydicom.uid import (
 )
 
 from models.errors import ReasonCode, Refusal
-from service.dicom.codestreams import jpeg2000_frame_header, jpeg_frame_header
+from service.dicom.codestreams import FrameHeader, jpeg2000_frame_header, jpeg_frame_header
 from service.dicom.elements import PARSE_ERRORS, decimal, integer, quiet, raw, signless, string
 from service.dicom.instances import Instance
 from service.dicom.jpeg import decode_jpeg
+from service.dicom.lossy import UncertainSignError, values_after_loss
 
 _NATIVE = frozenset(
     {ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian}
@@ -182,7 +183,8 @@ def stored_frames(
     Raises
     ------
     Refusal
-        UNREADABLE where the pixel data is short, damaged, or not of the size that the header claims.
+        UNREADABLE where the pixel data is short, damaged, or not of the size that the header claims;
+        UNSUPPORTED_PIXELS where compression with loss leaves the sign of a value uncertain.
     """
     value, vr = instance.read_pixel_element()
     if instance.transfer_syntax in _NATIVE:
@@ -237,9 +239,32 @@ def _significant(plane: NDArray[Any], form: PixelFormat) -> tuple[NDArray[Any], 
 
 def _decoded(stream: bytes, instance: Instance, form: PixelFormat) -> tuple[NDArray[Any], bool]:
     syntax = instance.transfer_syntax
+    if syntax in _ALWAYS_LOSSY or syntax in _MAYBE_LOSSY:
+        return _decoded_with_loss(stream, instance, form), False
     if syntax in _OWN:
-        return _jpeg(stream, form)
-    plane = next(
+        return _jpeg(stream, form), False
+    return _significant(_by_plugin(stream, syntax, form).astype(form.dtype, copy=False), form)
+
+
+def _decoded_with_loss(stream: bytes, instance: Instance, form: PixelFormat) -> NDArray[Any]:
+    syntax = instance.transfer_syntax
+    header = _frame_header(stream, syntax)
+    assert header is not None, "the frame header was checked before"
+    coded = replace(form, bits_stored=header.precision, signed=header.signed)  # which no decoder corrects
+    samples = decode_jpeg(stream) if syntax in _OWN else _by_plugin(stream, syntax, coded)
+    try:
+        values = values_after_loss(samples, header, bits_stored=form.bits_stored, signed=form.signed)
+    except UncertainSignError as error:
+        raise Refusal(
+            ReasonCode.UNSUPPORTED_PIXELS,
+            f"{_upper(instance.label)} was compressed with loss, and {error}.",
+            remedy="Route the series as it was before that compression, or compressed without loss.",
+        ) from error
+    return values.astype(form.dtype)
+
+
+def _by_plugin(stream: bytes, syntax: str, form: PixelFormat) -> NDArray[Any]:
+    plane: NDArray[Any] = next(
         get_decoder(UID(syntax)).iter_array(
             _encapsulated(stream),
             raw=True,
@@ -256,28 +281,27 @@ def _decoded(stream: bytes, instance: Instance, form: PixelFormat) -> tuple[NDAr
             pixel_keyword="PixelData",
         )
     )[0]
-    if syntax in _ALWAYS_LOSSY or syntax in _MAYBE_LOSSY:
-        return plane, False  # a value may lie a little outside its bits, and must not wrap around
-    return _significant(plane.astype(form.dtype, copy=False), form)
+    return plane
 
 
-def _jpeg(stream: bytes, form: PixelFormat) -> tuple[NDArray[Any], bool]:
+def _jpeg(stream: bytes, form: PixelFormat) -> NDArray[Any]:
     plane = decode_jpeg(stream)
     if not form.signed:
-        return plane, False
+        return plane
     header = jpeg_frame_header(stream)
     assert header is not None, "the frame header was checked before"
     unused = 16 - min(header.precision, form.bits_stored)  # JPEG knows no sign: it is the highest stored bit
-    return np.right_shift(np.left_shift(plane, unused).view(np.int16), unused), False
+    return np.right_shift(np.left_shift(plane, unused).view(np.int16), unused)
+
+
+def _frame_header(stream: bytes, syntax: str) -> FrameHeader | None:
+    return jpeg_frame_header(stream) if syntax in _JPEG else jpeg2000_frame_header(stream)
 
 
 def _check_codestream(stream: bytes, instance: Instance, form: PixelFormat) -> None:
-    if instance.transfer_syntax in _JPEG:
-        header = jpeg_frame_header(stream)
-    elif instance.transfer_syntax in _JPEG2000:
-        header = jpeg2000_frame_header(stream)
-    else:
+    if instance.transfer_syntax not in _JPEG and instance.transfer_syntax not in _JPEG2000:
         return
+    header = _frame_header(stream, instance.transfer_syntax)
     if header is None:
         raise _damaged(instance, "a compressed frame has no frame header")
     if (header.rows, header.columns, header.components) != (form.rows, form.columns, 1):
