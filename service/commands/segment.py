@@ -224,7 +224,7 @@ def _open(model: str | None, bundle: Path | None, config: Path | None) -> tuple[
 
 def _deliver(outcome: PipelineOutcome, results: Path, wanted: dict[Path, str]) -> None:
     """Put the files that were asked for, each of its kind, in their places: all of this run, or as before."""
-    made = {file.kind: results / file.name for file in outcome.files}
+    made: dict[str, Path] = {file.kind: results / file.name for file in outcome.files}
     replace_together({path: made.get(kind) for path, kind in wanted.items()})
     for path, kind in wanted.items():
         if kind not in made:

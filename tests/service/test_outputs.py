@@ -46,7 +46,8 @@ def test_what_was_not_there_before_comes_to_be(folder: Path) -> None:
 def test_whatever_fails_all_is_as_before_and_never_of_two_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, moves: int, stopped_by: type[BaseException]
 ) -> None:
-    replace, done = os.replace, []
+    replace = os.replace
+    done: list[Path] = []
 
     def stopping(source: Path, target: Path) -> None:
         seen = {text.split()[0] for name, text in held(folder).items() if not name.startswith(".")}
