@@ -180,8 +180,8 @@ def test_no_file_of_an_earlier_run_stays_beside_those_of_this_one(
     write_classic_series(tmp_path / "dark", np.minimum(image(), 90), AFFINE)
     nothing = segnode("segment", "dark", *rest)
     assert (nothing.status, nothing.err.split(":")[0]) == (1, "NOTHING_FOUND")
-    assert "there is no seg.dcm" in nothing.err
     assert files().keys() == {"sr.dcm"}
+    assert "there is no seg.dcm" in nothing.err
     assert files()["sr.dcm"] != earlier["sr.dcm"]
 
 
