@@ -38,6 +38,7 @@ from training.run_log import read_log
 from training.student import build_network, count_gflops, count_parameters
 from training.teacher import ResultsFolder
 
+_MOST_COLUMNS = 8  # labels side by side; more become lines of a table of their own
 _METRICS = ("dice", "nsd", "hd95_mm")
 
 
@@ -140,6 +141,7 @@ def write_report(description_path: Path, output: Path) -> tuple[Path, Path]:
         "retention": _retention(runs, description.teacher),
         "pictures": [path.name for path in pictures],
         "metrics": _METRICS,
+        "most_columns": _MOST_COLUMNS,
     }
     written = []
     for name in ("report.md", "report.html"):

@@ -16,26 +16,40 @@ from training.errors import TrainingDataError
 from training.evaluate import Evaluation
 
 _DPI = 120
+_MOST_UPRIGHT = 8  # labels; the names of more would run into each other
 
 
 def draw_dice(evaluations: Mapping[str, Evaluation], path: Path) -> Path:
     """Mean Dice of every label and run, with standard errors."""
     labels = next(iter(evaluations.values())).label_names
-    wide = max(7.0, 1.6 + 1.1 * len(labels) * max(1, len(evaluations) / 3))
-    figure = Figure(figsize=(wide, 3.6 + 0.25 * len(evaluations) / 2), layout="constrained")
+    lying = len(labels) > _MOST_UPRIGHT
+    if lying:
+        size = (8.0, 1.5 + len(labels) * (0.14 + 0.09 * len(evaluations)))
+    else:
+        wide = max(7.0, 1.6 + 1.1 * len(labels) * max(1, len(evaluations) / 3))
+        size = (wide, 3.6 + 0.25 * len(evaluations) / 2)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(evaluations)
     lowest, highest = 1.0, 0.0
     for i, (name, evaluation) in enumerate(evaluations.items()):
         summaries = [evaluation.summary("dice", label) for label in labels]
         positions = np.arange(len(labels)) + (i - (len(evaluations) - 1) / 2) * width
-        means = [s.mean for s in summaries]
-        axes.bar(positions, means, width, yerr=[s.standard_error for s in summaries], capsize=3, label=name)
+        means, errors = [s.mean for s in summaries], [s.standard_error for s in summaries]
+        if lying:
+            axes.barh(positions, means, width, xerr=errors, capsize=1, label=name)
+        else:
+            axes.bar(positions, means, width, yerr=errors, capsize=3, label=name)
         lowest, highest = min(lowest, *means), max(highest, *means)
-    axes.set_xticks(range(len(labels)), labels)
     # The axis does not start at 0: differences are small.
-    axes.set_ylim(max(0.0, lowest - 0.05), min(1.0, highest + 0.05))
-    axes.set_ylabel("Dice")
+    limits = (max(0.0, lowest - 0.05), min(1.0, highest + 0.05))
+    if lying:
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.4, -0.6)  # the first label on top
+        axes.set(xlim=limits, xlabel="Dice")
+    else:
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set(ylim=limits, ylabel="Dice")
     figure.legend(fontsize="small", ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=_DPI)
     return path

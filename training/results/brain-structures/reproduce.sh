@@ -80,7 +80,7 @@ if [ "$spacing" = 2mm ]; then
     done
 elif [ $# -gt 1 ]; then
     {
-        echo "title: Teacher and students of the brain at $spacing"
+        echo "title: Teacher and students of the brain at ${spacing%mm} mm"
         echo "cases: ${claim%% (*}"
         echo "teacher: brain-teacher-$spacing"
         echo "baseline: brain-none-1of4-$spacing"
