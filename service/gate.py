@@ -152,7 +152,10 @@ def _active(registry: Registry, name: str) -> tuple[Bundle | None, Check | None]
     try:
         return registry.get(name, version), None
     except SegnodeError as error:
-        what = f"Nothing can be compared with the active version {version}: {_why_unusable(error)}"
+        what = (
+            f"Nothing can be compared with the active version {version}: {_why_unusable(error)} Or withdraw "
+            "that version, or activate this one with --override-gate."
+        )
         return None, Check("active", False, what)
 
 

@@ -76,6 +76,8 @@ class VolumeRule(BaseModel):
     def _is_of_its_kind(cls, equals: float | str | None, info: ValidationInfo) -> float | str | None:
         if equals is None:
             return None
+        if info.data.get("by") in TIME_TRAITS and not isinstance(equals, str):
+            raise ValueError("YAML reads a time as another number: write it in quotes")
         if info.data.get("by") not in NUMBERED_TRAITS:
             return f"{equals:g}" if isinstance(equals, float) else equals.strip()
         number = float(equals)  # a ValueError says what is wrong

@@ -65,15 +65,16 @@ def values_after_loss(
         without_overshoot: NDArray[np.int64] = np.maximum(samples, 0)
         return without_overshoot
     if signed:
-        return _with_sign(samples, header.precision, half)
+        return _with_sign(samples, header.precision, half, shallow=header.precision < bits_stored)
     return samples
 
 
-def _with_sign(samples: NDArray[np.int64], precision: int, half: int) -> NDArray[np.int64]:
+def _with_sign(samples: NDArray[np.int64], precision: int, half: int, *, shallow: bool) -> NDArray[np.int64]:
     """Two's complement of samples without sign: in the bits that are stored, or in all of the codestream.
 
     Negative values lie right below ``2 * half`` in the one form and right below ``2 ** precision`` in the
-    other, so that nearly every image shows which it is.
+    other, so that nearly every image shows which it is. A codestream that is shallower than Bits Stored may
+    just as well hold positive values alone: its upper half is either.
     """
     beyond = half + half // _OVERSHOOT
     in_stored_bits = bool((samples < half + beyond).all())
@@ -85,7 +86,7 @@ def _with_sign(samples: NDArray[np.int64], precision: int, half: int) -> NDArray
         )
     sign = half if in_stored_bits else 1 << (precision - 1)
     uncertain = np.abs(samples - sign) < max(1, sign // _LOSS)
-    if in_all_bits and sign < 1 << (precision - 1):  # both, so that what lies in the upper half is either
+    if shallow or (in_all_bits and sign < 1 << (precision - 1)):  # what lies in the upper half is either
         uncertain |= samples >= sign
     if uncertain.any():
         raise UncertainSignError(

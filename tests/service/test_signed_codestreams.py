@@ -16,6 +16,8 @@ from pydicom import dcmread
 from pydicom.encaps import encapsulate
 
 from models.errors import ReasonCode, Refusal
+from service.dicom.codestreams import FrameHeader
+from service.dicom.lossy import UncertainSignError, values_after_loss
 from service.dicom.series import read_series
 
 BITS = 12
@@ -165,3 +167,12 @@ def test_values_whose_sign_a_loss_leaves_uncertain_are_refused(
     assert caught.value.reason is ReasonCode.UNSUPPORTED_PIXELS
     assert said in caught.value.message
     assert caught.value.remedy
+
+
+def test_the_upper_half_of_a_codestream_shallower_than_bits_stored_is_refused() -> None:
+    """Twelve bits without sign in a signed image of sixteen: 3000, or -1096?"""
+    header = FrameHeader(rows=1, columns=2, components=1, precision=12, signed=False)
+    positive = np.array([[0, 1900]])
+    assert (values_after_loss(positive, header, bits_stored=16, signed=True) == positive).all()
+    with pytest.raises(UncertainSignError, match="1 of 2 values may be positive or negative"):
+        values_after_loss(np.array([[0, 3000]]), header, bits_stored=16, signed=True)

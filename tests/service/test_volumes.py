@@ -390,3 +390,9 @@ def test_a_rule_in_one_word() -> None:
     assert VolumeRule.parse("ImageType=W") == rule(by="ImageType", equals="W")
     with pytest.raises(ValueError, match="is not like"):
         VolumeRule.parse("the first echo")
+
+
+@pytest.mark.parametrize("unquoted", [20260304120000, 101530.25, 43200])
+def test_a_time_that_yaml_read_as_a_number_is_refused_with_the_remedy(unquoted: float) -> None:
+    with pytest.raises(ValueError, match="write it in quotes"):
+        rule(by="AcquisitionTime", equals=unquoted)

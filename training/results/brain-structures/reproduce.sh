@@ -10,9 +10,10 @@
 #                1mm  the same on a GPU
 #   RECIPE       which runs instead, by their names in training/recipes
 # START=FOLDER goes on from a trained student: START=training/results/brain-structures/student reproduce.sh
-# MAPS SCANS WORK_FOLDER 2mm brain-none-1of4by16-2mm is the shipped student with 40,000 iterations more.
+# MAPS SCANS WORK_FOLDER 2mm brain-none-1of4by16-2mm-more is the shipped student with 2,500 iterations more.
 # CHECKPOINT=best makes the bundle of the best epoch so far (while a run goes on, too: TRAIN=no).
-# RECIPES=FOLDER takes recipes of the same names from elsewhere. VERSION is the bundles' version.
+# RECIPES=FOLDER takes recipes of the same names from elsewhere. VERSION is the bundles' version: give a new one
+# to a bundle that leaves this machine. Nothing outside of WORK_FOLDER is written.
 # Run it in the root of a checkout with its environment active.
 set -eu
 maps=$1 scans=$2 work=$3 spacing=${4:-2mm}
@@ -28,7 +29,7 @@ here=training/results/brain-structures
 split=training/results/brain-split.json
 recipes=${RECIPES:-training/recipes}
 checkpoint=${CHECKPOINT:-final}
-version=${VERSION:-0.1.0}
+version=${VERSION:-0.0.1}
 plans=$work/plans-$spacing
 claim="nine heads at 1 mm drawn from the 3 'claim' label maps of brain-split.json (T1-like, FLAIR-like and random contrast)"
 found() { ls -d "$1"/results/*/*__3d_fullres; }
@@ -42,7 +43,11 @@ coarse() { # the 4 mm student, from nothing
 }
 
 python -m training.synthesis.plans "$spacing" "$plans"
-[ -d "$work/claim/images" ] || python -m training.synthesis.cases "$maps" "$split" claim "$work/claim"
+if [ ! -d "$work/claim" ]; then
+    rm -rf "$work/claim.unfinished"
+    python -m training.synthesis.cases "$maps" "$split" claim "$work/claim.unfinished"
+    mv "$work/claim.unfinished" "$work/claim"
+fi
 python -m training.synthesis.golden "$work/golden.nii.gz"
 
 for recipe in "$@"; do
@@ -69,24 +74,30 @@ for recipe in "$@"; do
     segnode-train evaluate "$bundle" "$work/claim" --name "$recipe" -o "$work/evaluations/$recipe.json"
     segnode-train ship "$bundle" --version "$version" --figures "float32=$work/evaluations/$recipe.json" \
         --evaluated-on "$claim" --labels-file "$here/labels.yaml" -o "$bundle-$version"
-    python -m training.synthesis.real_scans "$bundle-$version" "$work/scans/$recipe" \
-        $(find "$scans" -mindepth 1 -maxdepth 1 2>/dev/null)
+    (
+        set -- # the scans, whatever their names
+        for scan in "$scans"/*; do [ ! -e "$scan" ] || set -- "$@" "$scan"; done
+        python -m training.synthesis.real_scans "$bundle-$version" "$work/scans/$recipe" "$@"
+    )
 done
 
 if [ "$spacing" = 2mm ]; then
     for recipe in "$@"; do
-        python -m training.synthesis.consistency "$work/bundles/$recipe-$version" "$work/scans/$recipe/consistency.json"
-        python -m training.synthesis.scan_report "$work/bundles/$recipe-$version" "$work/scans/$recipe" "$here/README.md"
+        folder=$work/scans/$recipe
+        python -m training.synthesis.consistency "$work/bundles/$recipe-$version" "$folder/consistency.json"
+        [ -e "$folder/README.md" ] || cp "$here/README.md" "$folder/README.md"
+        python -m training.synthesis.scan_report "$work/bundles/$recipe-$version" "$folder" "$folder/README.md"
     done
 elif [ $# -gt 1 ]; then
     {
         echo "title: Teacher and students of the brain at ${spacing%mm} mm"
         echo "cases: ${claim%% (*}"
-        echo "teacher: brain-teacher-$spacing"
-        echo "baseline: brain-none-1of4-$spacing"
+        case " $* " in *" brain-teacher-$spacing "*) echo "teacher: brain-teacher-$spacing" ;; esac
+        case " $* " in *" brain-none-1of4-$spacing "*) echo "baseline: brain-none-1of4-$spacing" ;; esac
         echo "runs:"
         for recipe in "$@"; do
-            echo "  - {name: $recipe, results: \"$(realpath "$(found "$work/$recipe")")\", evaluations: [evaluations/$recipe.json]}"
+            results=$(realpath "$(found "$work/$recipe")")
+            echo "  - {name: $recipe, results: \"$results\", evaluations: [evaluations/$recipe.json]}"
         done
     } > "$work/table.yaml"
     segnode-train report "$work/table.yaml" -o "$work/table"
