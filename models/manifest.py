@@ -287,6 +287,16 @@ class Manifest(_Model):
             raise ValueError(f"precision says {self.precision}, but no weights of it are listed")
         return self
 
+    def changed(self, **update: object) -> Self:
+        """A copy with other values of some fields, checked as a manifest that is read.
+
+        Raises
+        ------
+        pydantic.ValidationError
+            If it would not be valid; `model_copy` alone checks nothing.
+        """
+        return type(self).model_validate_json(self.model_copy(update=update).model_dump_json())
+
     def weights_of(self, precision: Precision) -> tuple[Weights, ...]:
         """The files of one precision, in the order of their folds."""
         return tuple(sorted((w for w in self.weights if w.precision is precision), key=lambda w: w.fold))

@@ -146,14 +146,11 @@ def _with_int8(
         quantize_network(folder / weights.file, folder / name, patches, float_levels=float_levels)
         digest = sha256((folder / name).read_bytes())
         added.append(Weights(file=name, sha256=digest, precision=Precision.INT8, fold=weights.fold))
-    manifest = bundle.manifest.model_copy(
-        update={
-            "version": version,
-            "weights": (*bundle.manifest.weights, *added),
-            "precision": Precision.INT8 if prefer else Precision.FLOAT32,
-        }
+    manifest = bundle.manifest.changed(
+        version=version,
+        weights=(*bundle.manifest.weights, *added),
+        precision=Precision.INT8 if prefer else Precision.FLOAT32,
     )
-    manifest = Manifest.model_validate_json(manifest.model_dump_json())  # model_copy checks nothing
     (folder / "model.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return seal(folder)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from models.bundle import Bundle, seal
 from models.golden import check_golden_case
-from models.manifest import Manifest
 from training.card import model_card
 from training.errors import ExportError
 from training.evaluate import Evaluation
@@ -68,14 +67,11 @@ def ship_bundle(
                 f"{evaluation.bundle_digest[:12]}…, not of the bundle {bundle.digest[:12]}… in {key}.",
                 remedy="Evaluate the bundle that ships, in each of its precisions.",
             )
-    manifest = bundle.manifest.model_copy(
-        update={
-            "name": name or bundle.manifest.name,
-            "version": version,
-            "metrics": metrics_of(evaluations, evaluated_on),
-        }
+    manifest = bundle.manifest.changed(
+        name=name or bundle.manifest.name,
+        version=version,
+        metrics=metrics_of(evaluations, evaluated_on),
     )
-    manifest = Manifest.model_validate_json(manifest.model_dump_json())  # model_copy checks nothing
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(source, unfinished)

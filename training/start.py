@@ -109,10 +109,8 @@ def _widened(student: nn.Module, weights: Mapping[str, Tensor], times: int) -> d
     gradients and stay copies for ever. Copies that lie side by side keep their place where a decoder joins
     two groups of channels.
     """
-    inputs = {}  # by name, which axis of a weight counts the input channels
-    for name, module in student.named_modules(
-        remove_duplicate=False
-    ):  # nnU-Net saves a module by all its names
+    inputs = {}  # which axis of a weight counts the input channels, by all names that a module is saved by
+    for name, module in student.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             inputs[f"{name}.weight"] = 1
         elif isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d):
@@ -127,8 +125,7 @@ def _widened(student: nn.Module, weights: Mapping[str, Tensor], times: int) -> d
             widened = widened.repeat_interleave(times, axis)
             if inputs.get(name) == axis:
                 shares = torch.rand_like(widened) + 0.5
-                sums = shares.movedim(axis, -1).reshape(-1, times).sum(1).repeat_interleave(times)
-                sums = sums.reshape(shares.movedim(axis, -1).shape).movedim(-1, axis)
+                sums = shares.unfold(axis, times, times).sum(-1).repeat_interleave(times, axis)
                 widened = widened * shares / sums
         wide[name] = widened
     return wide

@@ -26,6 +26,7 @@ from models.nifti import read_labelmap
 from models.segmenter import Segmenter
 from models.volume import Labelmap
 from training.errors import TrainingDataError
+from training.metrics import dice
 from training.synthesis.real_scans import icbm_files, read_scan
 
 _OURS = {
@@ -109,9 +110,8 @@ def agreement(
             continue
         ours = labelmap.array == label.value
         theirs = np.isin(reference, values[label.name])
-        total = int(ours.sum()) + int(theirs.sum())
         found[label.name] = {
-            "dice": round(2 * int((ours & theirs).sum()) / total, 4) if total else 0.0,
+            "dice": round(dice(ours, theirs), 4) if ours.any() or theirs.any() else 0.0,
             "volume_ml": round(float(ours.sum()) * labelmap.voxel_volume_ml, 3),
             "atlas_ml": round(float(theirs.sum()) * labelmap.voxel_volume_ml, 3),
         }

@@ -24,6 +24,7 @@ from models.segmenter import Segmenter
 from models.volume import Labelmap, Removed, Volume, reorient, spacing_xyz_mm
 from training.errors import TrainingDataError
 from training.icbm_crop import icbm_file
+from training.metrics import dice
 
 GREY = ("cortex", "thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala", "accumbens")
 WHITE = ("white matter", "Brain stem", "ventral diencephalon")
@@ -119,8 +120,7 @@ def tissue_dice(
     ):
         values = [label.value for label in labels if any(word in label.name for word in words)]
         mask = np.isin(labelmap.array, values)
-        total = int(mask.sum()) + int(reference.sum())
-        result[name] = round(2 * int((mask & reference).sum()) / total, 4) if total else 0.0
+        result[name] = round(dice(mask, reference), 4) if mask.any() or reference.any() else 0.0
     return result
 
 
