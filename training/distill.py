@@ -126,6 +126,7 @@ def distill(
         teacher.plans,
         recipe.student.width,
         recipe.student.round_to,
+        channels=recipe.student.channels,
         batch_size=training.batch_size,
         configuration=teacher.configuration,
     )
@@ -314,7 +315,8 @@ def _build(
     torch.manual_seed(training.seed)
     student = build_network(settings, teacher.n_channels, teacher.classes.n_outputs, deep_supervision=True)
     if start is not None:
-        start_from(student, plans, teacher.dataset_json, teacher.configuration, start)
+        images = (toolbox.to_device(batch).images.cpu() for batch in toolbox.loaders()[1])
+        start_from(student, plans, teacher.dataset_json, teacher.configuration, start, images)
     activation: Literal["softmax", "sigmoid"] = "sigmoid" if toolbox.has_regions else "softmax"
     channels = Channels(tuple(student_features), tuple(teacher.features))
     lesson = Lesson(student, recipe.distillation, channels, toolbox.loss(), activation)

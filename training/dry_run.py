@@ -10,7 +10,13 @@ import torch
 
 from training.errors import RecipeError
 from training.recipe import Published, Recipe
-from training.student import build_network, count_parameters, residual_encoder, scaled_features
+from training.student import (
+    build_network,
+    count_parameters,
+    given_features,
+    residual_encoder,
+    scaled_features,
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,12 @@ def dry_run(recipe: Recipe) -> Checked:
         ("teacher", Fraction(1), published.teacher_millions),
         ("student", recipe.student.width, published.student_millions),
     ):
-        features = scaled_features(
-            list(published.features), width, recipe.student.round_to if width < 1 else None
-        )
+        if what == "student" and recipe.student.channels is not None:
+            features = given_features(list(published.features), recipe.student.channels)
+        else:
+            features = scaled_features(
+                list(published.features), width, recipe.student.round_to if width < 1 else None
+            )
         with torch.device("meta"):
             network = build_network(_configuration(published, features), published.inputs, published.outputs)
         digits = len(printed.partition(".")[2])

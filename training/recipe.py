@@ -25,14 +25,23 @@ from training.synthesis.recipe import SynthesisRecipe
 
 @dataclass(frozen=True)
 class StudentRecipe:
-    """The student: the teacher's plans with scaled channels."""
+    """The student: the teacher's plans with scaled channels.
+
+    ``channels``, the finest stage's first, are taken as they are written, instead of a ``width``.
+    """
 
     width: Fraction = Fraction(1, 4)
     round_to: int | None = None
+    channels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.width <= 1:
             raise ValueError("width must be over 0 and at most 1")
+        if self.channels is not None and (self.width, self.round_to) != (StudentRecipe.width, None):
+            raise ValueError("a student has a width or channels, not both")
+
+    def __str__(self) -> str:
+        return str(self.width) if self.channels is None else ", ".join(map(str, self.channels))
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,8 @@ class Recipe:
         # Later settings count only where they are used: runs begun before them can still be resumed.
         if self.data == DataRecipe():
             del content["data"]
+        if self.student.channels is None:
+            del content["student"]["channels"]
         for key in ("optimizer", "balance"):
             if getattr(self.training, key) == getattr(TrainingRecipe, key):
                 del content["training"][key]

@@ -5,12 +5,19 @@ distillation is not spent again for every method. A network that lacks the fines
 as much coarser, becomes everything below the finest stage: what lies where is learnt at an eighth of the cost
 of an iteration. Or a narrower network becomes a wider one that computes the same (Net2WiderNet: Chen,
 Goodfellow and Shlens 2016, arXiv 1511.05641): a teacher begins where a student has got to.
+
+One part of a wider network cannot compute the same: where two stages had as many channels and now have not,
+a residual block gets a projection with an instance norm that it did not have. The norm is given the scale
+and the mean that the block saw there on training images, so that it does on an average image what the block
+did on each.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +30,8 @@ from training.teacher import ResultsFolder
 _STAGE = re.compile(r"^((?:decoder\.)?encoder\.stages\.)(\d+)\.")
 _PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_blocks_per_stage", "n_conv_per_stage")
 _PREPROCESSING = ("normalization_schemes", "use_mask_for_norm")
+_PROJECTION = re.compile(r"\.skip\.\d+\.")
+_IMAGES_FOR_NORMS = 4
 
 
 def start_from(
@@ -31,6 +40,7 @@ def start_from(
     dataset_json: Mapping[str, Any],
     configuration: str,
     start: ResultsFolder,
+    images: Iterable[Tensor],
 ) -> None:
     """Give a freshly drawn student the weights of a trained one.
 
@@ -44,12 +54,15 @@ def start_from(
         Of the plans.
     start : ResultsFolder
         The first of its checkpoints is taken.
+    images : iterable of (N, C, Z, Y, X) tensors
+        As the student is trained on, on its device. Only read where a wider network needs projections that
+        the narrower one had no use for.
 
     Raises
     ------
     StudentError
         If its network is neither the student's, nor the student's without the finest stage, nor the student's
-        with all channels divided by one whole number, or it saw other images or labels.
+        with fewer channels, or it saw other images or labels.
     """
     settings = resolve_configuration(plans, configuration)
     for key in ("labels", "channel_names"):
@@ -58,18 +71,21 @@ def start_from(
     for key in _PREPROCESSING:
         if settings[key] != start.settings[key]:
             raise _refused(start, f"its images were prepared otherwise ({key})")
-    times = _times_wider(settings, start.settings)
-    if times is not None:
+    if _same_but_for_channels(settings, start.settings):
         if settings["spacing"] != start.settings["spacing"]:
             raise _refused(start, f"it was trained at {start.settings['spacing']} mm")
         weights = start.checkpoints[0].weights
-        _load(student, weights if times == 1 else _widened(student, weights, times), start, complete=True)
+        new = _load(student, _widened(student, weights), start)
+        others = [name for name in new if not _PROJECTION.search(name)]
+        if others:
+            raise _refused(start, f"it lacks {others[0]}")
+        _fill_projections(student, new, weights, images)
     elif _without_finest(settings) == _architecture(start.settings):
         strides = settings["architecture"]["arch_kwargs"]["strides"][1]
         coarse = [mm * stride for mm, stride in zip(settings["spacing"], strides, strict=True)]
         if coarse != list(start.settings["spacing"]):
             raise _refused(start, f"it was trained at {start.settings['spacing']} mm, not at {coarse} mm")
-        _load(student, _one_stage_deeper(start.checkpoints[0].weights), start, complete=False)
+        _load(student, _one_stage_deeper(start.checkpoints[0].weights), start)
     else:
         raise _refused(
             start,
@@ -93,21 +109,19 @@ def _architecture(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"class": architecture["network_class_name"], **kwargs}
 
 
-def _times_wider(settings: Mapping[str, Any], start: Mapping[str, Any]) -> int | None:
-    """How many channels of this network there are for each of the start's; None if they differ otherwise."""
+def _same_but_for_channels(settings: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
+    """Whether each stage has as many channels as the start's, or more, and all else is equal."""
     wide, narrow = _architecture(settings), _architecture(start)
     pairs = list(zip(wide.pop("features_per_stage"), narrow.pop("features_per_stage"), strict=False))
-    times = pairs[0][0] // pairs[0][1]
-    same = wide == narrow and all(channels == times * fewer for channels, fewer in pairs)
-    return times if same and times > 0 else None
+    return wide == narrow and all(more >= fewer for more, fewer in pairs)
 
 
-def _widened(student: nn.Module, weights: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-    """Weights of the wide network that give the narrow one's output; channel i copies its ``i // times``.
+def _widened(student: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the wide network that give the narrow one's output; channel i of n copies i·m // n of m.
 
     What reads a channel reads its copies with random shares that sum to one, or the copies would have equal
-    gradients and stay copies for ever. Copies that lie side by side keep their place where a decoder joins
-    two groups of channels.
+    gradients and stay copies for ever. Copies lie side by side, so that they keep their place where a decoder
+    joins two groups of as many channels.
     """
     inputs = {}  # which axis of a weight counts the input channels, by all names that a module is saved by
     for name, module in student.named_modules(remove_duplicate=False):
@@ -120,15 +134,71 @@ def _widened(student: nn.Module, weights: Mapping[str, Tensor], times: int) -> d
     for name, tensor in weights.items():
         widened = tensor
         for axis, channels in enumerate(own[name].shape if name in own else ()):
-            if channels == tensor.shape[axis]:
+            if channels <= tensor.shape[axis]:
                 continue
-            widened = widened.repeat_interleave(times, axis)
+            copied = _copied(channels, tensor.shape[axis])
+            widened = widened.index_select(axis, copied)
             if inputs.get(name) == axis:
                 shares = torch.rand_like(widened) + 0.5
-                sums = shares.unfold(axis, times, times).sum(-1).repeat_interleave(times, axis)
+                sums = torch.zeros_like(shares).index_add(axis, copied, shares).index_select(axis, copied)
                 widened = widened * shares / sums
         wide[name] = widened
     return wide
+
+
+def _copied(wide: int, narrow: int) -> Tensor:
+    """Which of the narrow network's channels each of the wide one's is a copy of."""
+    return torch.arange(wide) * narrow // wide
+
+
+@torch.no_grad()
+def _fill_projections(
+    student: nn.Module, new: list[str], weights: Mapping[str, Tensor], images: Iterable[Tensor]
+) -> None:
+    """Make the projections among the ``new`` weights do what passing a block's input on did."""
+    fresh = {
+        name: module
+        for name, module in student.named_modules()
+        if any(key.startswith(f"{name}.") for key in new) and hasattr(module, "norm")
+    }
+    if not fresh:
+        return
+    norms = []
+    for name, module in fresh.items():
+        weight = module.conv.weight
+        outputs, inputs = weight.shape[:2]
+        narrow = weights[f"{_PROJECTION.split(f'{name}.')[0]}.conv1.conv.weight"].shape[1]
+        # Both sides copy the same channels: each output is the mean of the inputs that copy its own.
+        same = _copied(outputs, narrow)[:, None] == _copied(inputs, narrow)[None]
+        weight.copy_((same / same.sum(1, keepdim=True)).reshape(weight.shape))
+        norms.append(module.norm)
+    with _measured(norms) as moments:
+        for image in islice(images, _IMAGES_FOR_NORMS):
+            student(image)
+    for norm, seen in zip(norms, moments, strict=True):
+        mean, square = torch.stack([torch.stack(pair) for pair in seen]).mean(0)
+        norm.bias.copy_(mean)
+        norm.weight.copy_((square - mean**2).clamp_min(norm.eps).sqrt())
+
+
+@contextmanager
+def _measured(norms: list[nn.Module]) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
+    """Let the norms pass on what they are given, and note its mean and mean square by channel."""
+    moments: list[list[tuple[Tensor, Tensor]]] = [[] for _ in norms]
+    hooks = []
+    for norm, seen in zip(norms, moments, strict=True):
+
+        def passed_on(_: nn.Module, given: tuple[Tensor], __: Tensor, seen: Any = seen) -> Tensor:
+            values = given[0].transpose(0, 1).flatten(1)
+            seen.append((values.mean(1), values.square().mean(1)))
+            return given[0]
+
+        hooks.append(norm.register_forward_hook(passed_on))
+    try:
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _without_finest(settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -151,11 +221,11 @@ def _one_stage_deeper(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _load(student: nn.Module, weights: Mapping[str, Tensor], start: ResultsFolder, *, complete: bool) -> None:
+def _load(student: nn.Module, weights: Mapping[str, Tensor], start: ResultsFolder) -> list[str]:
+    """Give the student the weights; the names of its own that are not among them."""
     own = student.state_dict()
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             raise _refused(start, f"{name} of shape {tuple(tensor.shape)} has no place in this network")
     missing, _ = student.load_state_dict(dict(weights), strict=False)
-    if complete and missing:
-        raise _refused(start, f"it lacks {missing[0]}")
+    return list(missing)

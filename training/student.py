@@ -48,8 +48,30 @@ def scaled_features(features: list[int], width: Fraction, round_to: int | None =
     return scaled
 
 
-def student_plans_name(teacher_name: str, width: Fraction, round_to: int | None = None) -> str:
+def given_features(features: list[int], channels: Sequence[int]) -> list[int]:
+    """``channels`` as those of each stage, where ``features`` are the teacher's.
+
+    Raises
+    ------
+    StudentError
+        If there are not as many, or a stage has no channel or more than the teacher's.
+    """
+    if len(channels) != len(features):
+        raise StudentError(
+            f"{len(channels)} numbers of channels are given, and the network has {len(features)} stages."
+        )
+    for ours, theirs in zip(channels, features, strict=True):
+        if not 0 < ours <= theirs:
+            raise StudentError(f"A stage of {theirs} channels cannot have {ours} in the student.")
+    return list(channels)
+
+
+def student_plans_name(
+    teacher_name: str, width: Fraction, round_to: int | None = None, channels: Sequence[int] | None = None
+) -> str:
     """The plans name of a student, for example ``nnUNetPlansWidth1of4`` or ``nnUNetPlansWidth1of4By16``."""
+    if channels is not None:
+        return f"{teacher_name}Channels{'x'.join(map(str, channels))}"
     rounding = "" if round_to is None else f"By{round_to}"
     return f"{teacher_name}Width{width.numerator}of{width.denominator}{rounding}"
 
@@ -59,6 +81,7 @@ def scaled_plans(
     width: Fraction,
     round_to: int | None = None,
     *,
+    channels: Sequence[int] | None = None,
     plans_name: str | None = None,
     batch_size: int | None = None,
     configuration: str = "3d_fullres",
@@ -76,6 +99,8 @@ def scaled_plans(
         Factor on every entry of ``features_per_stage``.
     round_to : int or None
         Round the channels up to a multiple of this, for example 8 or 16.
+    channels : sequence of int or None
+        Channels of each stage, the finest first, which then stand for width and rounding.
     plans_name : str or None
         Name of the new plans; None takes `student_plans_name`.
     batch_size : int or None
@@ -86,19 +111,22 @@ def scaled_plans(
     PlansError
         If the plans have no such configuration, or a network that is not known.
     StudentError
-        If the width leaves no channel, or the batch size is not positive.
+        If the width leaves no channel, the channels do not fit, or the batch size is not positive.
     """
     resolved = resolve_configuration(plans, configuration)
     for key in ("inherits_from", "next_stage", "previous_stage"):
         resolved.pop(key, None)
     kwargs = resolved["architecture"]["arch_kwargs"]
-    kwargs["features_per_stage"] = scaled_features(list(kwargs["features_per_stage"]), width, round_to)
+    features = list(kwargs["features_per_stage"])
+    kwargs["features_per_stage"] = (
+        scaled_features(features, width, round_to) if channels is None else given_features(features, channels)
+    )
     if batch_size is not None:
         if batch_size < 1:
             raise StudentError(f"The batch size must be positive, not {batch_size}.")
         resolved["batch_size"] = batch_size
     student = deepcopy({key: value for key, value in plans.items() if key != "configurations"})
-    student["plans_name"] = plans_name or student_plans_name(plans["plans_name"], width, round_to)
+    student["plans_name"] = plans_name or student_plans_name(plans["plans_name"], width, round_to, channels)
     if "__" in student["plans_name"]:
         raise StudentError(
             f"{student['plans_name']!r} cannot name plans: nnU-Net splits folder names at two underscores."

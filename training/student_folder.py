@@ -36,7 +36,7 @@ def write_results_folder(
             "recipe": recipe.name,
             "recipe_digest": recipe.digest,
             "method": recipe.method,
-            "width": str(recipe.student.width),
+            "width": str(recipe.student),
             "teacher_digest": teacher.digest,
             "start_digest": None if start is None else start.digest,
             "epochs": state.epoch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,14 @@ def fresh(model: ReferenceModel) -> nn.Module:
     return build_network(model.configuration, 1, 3, deep_supervision=True)
 
 
+def images() -> Iterator[torch.Tensor]:
+    torch.manual_seed(2)
+    while True:
+        yield torch.randn(2, 1, 16, 16, 16)
+
+
 def begin(network: nn.Module, model: ReferenceModel, start: ResultsFolder) -> None:
-    start_from(network, model.plans, model.dataset, "3d_fullres", start)
+    start_from(network, model.plans, model.dataset, "3d_fullres", start, images())
 
 
 def test_the_same_network_takes_over_every_weight(tmp_path: Path) -> None:
@@ -114,9 +121,11 @@ def test_a_coarser_network_becomes_all_that_lies_below_the_finest_stage(tmp_path
     )
 
 
-@pytest.mark.parametrize("times", [2, 3])
-def test_a_narrower_network_becomes_a_wider_one_that_computes_the_same(tmp_path: Path, times: int) -> None:
-    wide = model_of(FINE, features=tuple(times * channels for channels in FINE["features"]))
+@pytest.mark.parametrize("features", [(8, 8, 16), (12, 12, 24), (6, 6, 11), (4, 4, 11)])
+def test_a_narrower_network_becomes_a_wider_one_that_computes_the_same(
+    tmp_path: Path, features: tuple[int, ...]
+) -> None:
+    wide = model_of(FINE, features=features)
     start = as_if_trained(opened(tmp_path, model_of(FINE)))
     network = fresh(wide)
     begin(network, wide, start)
@@ -138,9 +147,30 @@ def test_the_copies_of_a_widened_channel_learn_different_things(tmp_path: Path) 
         assert not torch.allclose(first, second, rtol=0.05, atol=0)
 
 
-def test_channels_that_are_not_a_whole_number_of_times_as_many_are_refused(tmp_path: Path) -> None:
-    wide = model_of(FINE, features=(6, 8, 16))
-    with pytest.raises(StudentError, match="nor a narrower one"):
+@pytest.mark.parametrize("features", [(4, 8, 16), (6, 8, 11)])
+def test_a_projection_that_the_narrower_network_had_no_use_for_changes_little(
+    tmp_path: Path, features: tuple[int, ...]
+) -> None:
+    wide = model_of(FINE, features=features)
+    start = as_if_trained(opened(tmp_path, model_of(FINE)))
+    network: Any = fresh(wide)
+    fresh_one: Any = fresh(wide)
+    begin(network, wide, start)
+    narrow: Any = start.network(deep_supervision=True).eval()
+    image = torch.randn(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        ours, of_chance, theirs = (one.eval()(image)[0] for one in (network, fresh_one, narrow))
+    assert network.encoder.stages[1].blocks[0].skip[1].norm.bias.std() > 0  # of the images
+    away = ((ours - theirs).square().mean() / theirs.var()).item()
+    assert away < 0.05 < ((of_chance - theirs).square().mean() / theirs.var()).item()
+
+
+@pytest.mark.parametrize("features", [(2, 4, 8), (4, 4, 6), (8, 8, 8)])
+def test_a_network_that_is_narrower_somewhere_or_lacks_a_projection_is_refused(
+    tmp_path: Path, features: tuple[int, ...]
+) -> None:
+    wide = model_of(FINE, features=features)
+    with pytest.raises(StudentError, match=r"nor a narrower one|has no place"):
         begin(fresh(wide), wide, opened(tmp_path, model_of(FINE)))
 
 
@@ -163,7 +193,7 @@ def test_the_brain_students_plans_fit_each_other() -> None:
         settings=coarse_plans["configurations"]["3d_fullres"],
         checkpoints=(_Weights(coarse.state_dict()),),  # type: ignore[arg-type]
     )
-    start_from(fine, fine_plans, dataset_json(), "3d_fullres", start)
+    start_from(fine, fine_plans, dataset_json(), "3d_fullres", start, images())
     assert torch.equal(
         fine.state_dict()["encoder.stages.4.blocks.5.conv2.conv.weight"],
         coarse.state_dict()["encoder.stages.3.blocks.5.conv2.conv.weight"],
@@ -178,7 +208,7 @@ class _Weights:
 @pytest.mark.parametrize(
     ("settings", "changes", "why"),
     [
-        (FINE, {"features": (4, 8, 8)}, "neither this one nor a narrower one nor"),
+        (FINE, {"features": (4, 8, 16)}, "neither this one nor a narrower one nor"),
         (FINE, {"spacing": (1.0, 1.0, 2.0)}, r"trained at \[1.0, 1.0, 2.0\] mm"),
         (COARSE, {"spacing": (1.0, 1.0, 1.0)}, r"not at \[2.0, 2.0, 2.0\] mm"),
         (COARSE, {"blocks": (1, 3)}, "neither this one nor a narrower one nor"),

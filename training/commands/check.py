@@ -29,5 +29,5 @@ def check(
         if recipe.published is not None:
             checked = dry_run(recipe)
             counts = (checked.teacher_millions, checked.student_millions)
-        table.add_row(recipe.name, recipe.method, str(recipe.student.width), *counts)
+        table.add_row(recipe.name, recipe.method, str(recipe.student), *counts)
     Console().print(table)
