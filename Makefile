@@ -22,7 +22,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/python -m deploy.demo --output "$(OUTPUT)" $(if $(STUDY),--study "$(STUDY)")
 
 test: $(VENV)/.test-installed lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check $(SOURCES)

@@ -19,8 +19,8 @@ from compose_site import START_TIMEOUT_S, ComposeSite, free_ports, patiently
 from papers import commands
 from pydicom import dcmread
 from pydicom.uid import generate_uid
-from running_node import until
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from deploy.demo.study import hippocampus_crop, write_series
 from models.volume import Volume
@@ -92,7 +92,7 @@ def references(scp: StorageScp, study_instance_uid: str) -> list[str]:
 def send_and_expect(site: ComposeSite, destination: StorageScp, study: tuple[str, list[Path]]) -> None:
     study_instance_uid, paths = study
     patiently(lambda: site.send(paths), START_TIMEOUT_S)
-    until(lambda: bool(references(destination, study_instance_uid)), RESULT_TIMEOUT_S, site.logs)
+    wait_until(lambda: bool(references(destination, study_instance_uid)), RESULT_TIMEOUT_S, site.logs)
 
 
 @pytest.mark.timeout(3600)
@@ -101,10 +101,10 @@ def test_a_study_goes_in_and_a_segmentation_comes_out(
 ) -> None:
     study_instance_uid, paths = studies.new()
     assert site.send(paths)
-    until(lambda: bool(references(destination, study_instance_uid)), RESULT_TIMEOUT_S, site.logs)
+    wait_until(lambda: bool(references(destination, study_instance_uid)), RESULT_TIMEOUT_S, site.logs)
     (job,) = site.jobs_of(study_instance_uid)
     assert job["state"] == "succeeded"
-    until(lambda: site.orthanc_segmentations() == 1, RESULT_TIMEOUT_S, site.logs)
+    wait_until(lambda: site.orthanc_segmentations() == 1, RESULT_TIMEOUT_S, site.logs)
 
 
 @pytest.mark.parametrize("service", ["receiver", "api", "worker", "postgres", "broker", "proxy", "orthanc"])
@@ -178,7 +178,7 @@ def test_the_documented_backup_is_restored_as_documented(
 ) -> None:
     study = studies.new()
     send_and_expect(site, destination, study)
-    until(lambda: not site.get("/api/v1/deliveries?state=pending")["items"], RESULT_TIMEOUT_S, site.logs)
+    wait_until(lambda: not site.get("/api/v1/deliveries?state=pending")["items"], RESULT_TIMEOUT_S, site.logs)
     (before,) = site.jobs_of(study[0])
     sent = references(destination, study[0])
 
@@ -207,7 +207,7 @@ def test_the_documented_backup_is_restored_as_documented(
     arrived = references(destination, lost[0])
     assert site.send(lost[1])
     again = 2 * arrived  # what is sent again is computed again, and is the same object
-    until(lambda: references(destination, lost[0]) == again, RESULT_TIMEOUT_S, site.logs)
+    wait_until(lambda: references(destination, lost[0]) == again, RESULT_TIMEOUT_S, site.logs)
 
 
 def succeeds(site: ComposeSite, line: str) -> bool:
@@ -224,7 +224,7 @@ def test_the_broker_may_lose_everything(site: ComposeSite, destination: StorageS
     assert site.send(study[1])
     flush = 'REDISCLI_AUTH="$(cat /run/secrets/broker_password)" valkey-cli flushall'
     assert "OK" in site.compose("exec", "-T", "broker", "sh", "-c", flush)
-    until(lambda: bool(references(destination, study[0])), RESULT_TIMEOUT_S, site.logs)
+    wait_until(lambda: bool(references(destination, study[0])), RESULT_TIMEOUT_S, site.logs)
 
 
 @pytest.mark.timeout(5400)
@@ -240,14 +240,14 @@ def test_twenty_studies_wait_for_a_destination_and_are_delivered_exactly_once(
             jobs = [site.jobs_of(study) for study, _ in waiting]
             return all(len(each) == 1 and each[0]["state"] == "succeeded" for each in jobs)
 
-        until(computed, RESULT_TIMEOUT_S, site.logs)
+        wait_until(computed, RESULT_TIMEOUT_S, site.logs)
         assert not any(references(destination, study) for study, _ in waiting)
 
     def settled() -> bool:
         pending = site.get("/api/v1/deliveries?state=pending")["items"]
         return not pending and all(references(destination, study) for study, _ in waiting)
 
-    until(settled, RESULT_TIMEOUT_S, site.logs)
+    wait_until(settled, RESULT_TIMEOUT_S, site.logs)
     for study, _ in waiting:
         assert len(references(destination, study)) == 1
     ours = [study.encode() for study, _ in waiting]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from bundle_factory import make_threshold_bundle
 from places import write_study
-from running_node import ROUTE, RunningNode, is_alive, is_listening, until
+from running_node import ROUTE, RunningNode, is_alive, is_listening
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from models.registry import Registry
 
@@ -39,7 +40,7 @@ def send_until_taken(node: RunningNode, paths: list[Path]) -> None:
             left.difference_update(node.send(sorted(left)))
         return not left
 
-    until(all_taken, 120, node.log)
+    wait_until(all_taken, 120, node.log)
 
 
 @pytest.mark.slow
@@ -66,18 +67,18 @@ def test_every_study_ends_with_one_result(victim: str, models_dir: Path, tmp_pat
                     kills += node.kill_part("receive")
                 send_until_taken(node, paths)
                 if victim == "serve" and number == 10:
-                    until(lambda: len(pacs.objects) > 0, 120, node.log)
+                    wait_until(lambda: len(pacs.objects) > 0, 120, node.log)
                     ends = list(node.processes().values())
                     node.kill()
                     kills += 1
-                    until(lambda ends=ends: not any(map(is_alive, ends)), 60)  # nobody is orphaned
+                    wait_until(lambda ends=ends: not any(map(is_alive, ends)), 60)  # nobody is orphaned
                     node.start()
                 elif victim in ("api", "worker", "inference") and number in (6, 12, 19):
-                    until(lambda: victim in node.processes(), 60, node.log)
+                    wait_until(lambda: victim in node.processes(), 60, node.log)
                     kills += node.kill_part(victim)
             assert kills
-            until(lambda: len({o.sop_instance_uid for o in pacs.objects}) >= OBJECTS, 240, node.log)
-            until(lambda: is_listening(node.http_port), 60, node.log)
+            wait_until(lambda: len({o.sop_instance_uid for o in pacs.objects}) >= OBJECTS, 240, node.log)
+            wait_until(lambda: is_listening(node.http_port), 60, node.log)
             jobs = node.wait_for_jobs(STUDIES)
             deliveries = node.items("/deliveries")
         finally:

@@ -15,8 +15,9 @@ import pytest
 from fleet import fleet_settings, put_studies, running_of, worker_process
 from postgresql import PostgresServer
 from redis_server import RedisServer
-from small_node import SmallNode, make_node, wait_until
+from small_node import SmallNode, make_node
 from sqlalchemy import select
+from waiting import wait_until
 
 from service.records.tables import Job, JobState, Result
 from service.tasks import make_app, ring_once

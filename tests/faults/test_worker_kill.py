@@ -16,8 +16,9 @@ import pydicom
 import pytest
 import small_node
 from bundle_factory import expected_labels
-from small_node import SmallNode, image_array, make_node, wait_until
+from small_node import SmallNode, image_array, make_node
 from sqlalchemy import select
+from waiting import wait_until
 
 from models.nifti import read_labelmap
 from service.records.tables import Delivery, Job, JobState, Result, Series

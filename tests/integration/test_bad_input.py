@@ -18,7 +18,8 @@ from phantom import test_uid as make_uid
 from phantom import write_classic_series
 from places import AFFINE, image, write_study
 from pydicom import dcmread
-from running_node import RunningNode, until
+from running_node import RunningNode
+from waiting import wait_until
 
 from models.bundle import Bundle
 from models.bundle_zip import pack_zip
@@ -100,7 +101,9 @@ def test_a_bad_upload_gets_a_reason(node: RunningNode, case: str) -> None:
         problem = response.json()
         if response.status_code == 202:  # what only reading shows is told by the job
             location = response.headers["Location"].removeprefix("/api/v1")
-            until(lambda: client.get(location).json()["state"] not in ("queued", "running"), 90, node.log)
+            wait_until(
+                lambda: client.get(location).json()["state"] not in ("queued", "running"), 90, node.log
+            )
             job = client.get(location).json()
             assert job["state"] == "refused", job
             code, sentence = job["reason"]["code"], job["reason"]["sentence"]
@@ -223,6 +226,6 @@ def _end(node: RunningNode, study: str) -> dict[str, object]:
         found = [j for j in node.jobs() if j["study_instance_uid"] == study]
         return [j for j in found if j["state"] not in ("queued", "running")]
 
-    until(lambda: bool(jobs()), 90, node.log)
+    wait_until(lambda: bool(jobs()), 90, node.log)
     (job,) = jobs()
     return job

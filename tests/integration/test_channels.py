@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from phantom import test_uid as make_uid
 from phantom import write_classic_series
 from places import AFFINE, assert_same_places, image, places_in_seg, places_of_labels
-from running_node import ROUTE, SEGNODE, RunningNode, until
+from running_node import ROUTE, SEGNODE, RunningNode
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from models.registry import Registry
 
@@ -69,7 +70,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, pacs: StorageScp) -> Iterator
     registry = Registry(root / "registry", runtimes=("onnxruntime",))
     registry.add(bundle.folder, check_golden=False)
     registry.activate("threshold", "1.0.0")
-    route = {**ROUTE, "channels": CHANNELS, "settled_after_s": 1.5}
+    route = {**ROUTE, "channels": CHANNELS, "settled_after_s": 5.0}
     with RunningNode(
         root / "node", models=registry.root, destinations={"pacs": pacs.port}, routes=[route]
     ) as running:
@@ -89,7 +90,7 @@ def test_over_dicom_a_study_of_two_channels_gives_one_result(
     study = write_study(tmp_path, 1)
     files = [path for name in ("FLAIR", "T2", "T1") for path in study[name]]
     assert node.send(files) == files
-    until(lambda: len(pacs.segmentations) == 1, 60, node.log)
+    wait_until(lambda: len(pacs.segmentations) == 1, 60, node.log)
     (job,) = node.jobs()
     assert [each["name"] for each in job["summary"]["channels"]] == ["channel 0", "channel 1"]
     assert [each["series_instance_uid"] for each in job["summary"]["channels"]] == [
@@ -127,6 +128,6 @@ def test_a_missing_channel_is_refused_by_name_over_dicom_and_http(node: RunningN
     assert job["reason"]["code"] == "MISSING_CHANNEL"
     assert "the channel channel 1;" in job["reason"]["sentence"]
     node.send(files)
-    until(lambda: any(job["origin"] == "dicom" and job["reason"] for job in node.jobs()), 60, node.log)
+    wait_until(lambda: any(job["origin"] == "dicom" and job["reason"] for job in node.jobs()), 60, node.log)
     over_dicom = next(job for job in node.jobs() if job["origin"] == "dicom" and job["reason"])
     assert over_dicom["reason"]["code"] == "MISSING_CHANNEL"

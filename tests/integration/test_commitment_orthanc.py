@@ -12,7 +12,7 @@ from dicom_peer import make_object
 from orthanc import Orthanc
 from programs import program
 from pydicom import dcmwrite
-from small_node import wait_until
+from waiting import wait_until
 
 from service.commitment import Committer
 from service.dicom.receive import Receiver

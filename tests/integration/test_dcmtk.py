@@ -17,7 +17,8 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
-from running_node import CALLING_AE_TITLE, RunningNode, until
+from running_node import CALLING_AE_TITLE, RunningNode
+from waiting import wait_until
 
 # storescu proposes one compressed transfer syntax, and says which by an option.
 SYNTAXES = {
@@ -51,7 +52,7 @@ def test_a_series_from_storescu(node: RunningNode, tmp_path: Path, name: str) ->
         jobs = [j for j in node.jobs() if j["study_instance_uid"] == study]
         return [j for j in jobs if j["state"] not in ("queued", "running")]
 
-    until(lambda: bool(ended()), 60, node.log)
+    wait_until(lambda: bool(ended()), 60, node.log)
     (job,) = ended()
     assert job["state"] == "succeeded", job
     wanted = places_of_labels(expected_labels(image(7)[None], (100.5, 300.5)), AFFINE)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from places import write_study
 from programs import program
-from running_node import ROUTE, RunningNode, until
+from running_node import ROUTE, RunningNode
 from storage_scp import StorageScp
+from waiting import wait_until
 
 _CALLS = re.compile(
     r"\b(?:connect|sendto|sendmsg|sendmmsg)\(\d+, .*?sin6?_port=htons\((\d+)\).*?\"([^\"]+)\""
@@ -46,7 +47,7 @@ def test_a_node_talks_to_its_destinations_and_to_nobody_else(models_dir: Path, t
         ) as node,
     ):
         node.send(write_study(tmp_path / "study", 1))
-        until(lambda: len(pacs.objects) == 2, 120, node.log)
+        wait_until(lambda: len(pacs.objects) == 2, 120, node.log)
     # getaddrinfo connects datagram sockets to port 0 to learn their source address: no packet leaves.
     called = {(address, int(port)) for port, address in _CALLS.findall(trace.read_text()) if port != "0"}
     assert ("127.0.0.1", pacs.port) in called  # the trace sees what there is to see

@@ -22,8 +22,9 @@ from places import (
     write_study,
 )
 from pydicom import dcmread
-from running_node import SEGNODE, RunningNode, until
+from running_node import SEGNODE, RunningNode
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from models.nifti import read_labelmap
 
@@ -53,7 +54,7 @@ def test_a_study_comes_back_as_one_seg_in_the_right_places(
     before = len(pacs.segmentations)
     paths = write_study(tmp_path, 1, PatientName=NAME)
     assert node.send(paths) == paths
-    until(lambda: len(pacs.segmentations) > before, 60, node.log)
+    wait_until(lambda: len(pacs.segmentations) > before, 60, node.log)
     (job,) = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 1)]
     seg = node.fetch(job, "segmentation")
     assert pacs.segmentations[-1].data_set in seg  # what was delivered is what is stored
@@ -73,13 +74,13 @@ def test_the_same_study_again_and_the_result_sent_back_change_nothing(
     before = len(pacs.segmentations)
     paths = write_study(tmp_path / "study", 2)
     node.send(paths)
-    until(lambda: len(pacs.segmentations) > before, 60, node.log)
+    wait_until(lambda: len(pacs.segmentations) > before, 60, node.log)
     (job,) = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 2)]
     (tmp_path / "seg.dcm").write_bytes(node.fetch(job, "segmentation"))
     assert node.send([*paths, tmp_path / "seg.dcm"])[-1].name == "seg.dcm"  # taken, and nothing follows
     marker = write_study(tmp_path / "later", 3)  # when this one has come out, the others would have too
     node.send(marker)
-    until(lambda: len(pacs.segmentations) > before + 1, 60, node.log)
+    wait_until(lambda: len(pacs.segmentations) > before + 1, 60, node.log)
     jobs = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 2)]
     assert [j["job_id"] for j in jobs] == [job["job_id"]]
     assert len(pacs.segmentations) == before + 2
@@ -92,7 +93,7 @@ def test_command_rest_and_dicom_give_the_same_labels_in_the_same_places(
     nifti = to_nifti(paths, tmp_path / "case.nii.gz")
     before = len(pacs.segmentations)
     node.send(paths)
-    until(lambda: len(pacs.segmentations) > before, 60, node.log)
+    wait_until(lambda: len(pacs.segmentations) > before, 60, node.log)
     (job,) = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 4)]
     wanted = places_in_seg(node.fetch(job, "segmentation"))
     assert set(wanted) == {1, 2}
@@ -133,7 +134,7 @@ def test_a_refusal_stands_in_the_records_with_its_reason(
     paths = write_study(tmp_path, 5)
     paths[4].unlink()
     node.send([p for p in paths if p.exists()])
-    until(lambda: any(_refused(j) for j in node.jobs()), 60, node.log)
+    wait_until(lambda: any(_refused(j) for j in node.jobs()), 60, node.log)
     (job,) = [j for j in node.jobs() if j["study_instance_uid"] == make_uid("study", 5)]
     assert job["reason"]["code"] == "MISSING_SLICE"
     assert job["links"].keys() == {"self"}

@@ -24,8 +24,9 @@ from programs import program
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import ImplicitVRLittleEndian
-from running_node import ROUTE, RunningNode, until
+from running_node import ROUTE, RunningNode
 from storage_scp import StorageScp, StoredObject
+from waiting import wait_until
 
 from models.registry import Registry
 from models.volume import Affine, axis_codes
@@ -143,7 +144,7 @@ def returned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
         ) as node,
     ):
         assert node.send(paths) == paths
-        until(lambda: len(pacs.segmentations) == len(SCANS), 300, node.log)
+        wait_until(lambda: len(pacs.segmentations) == len(SCANS), 300, node.log)
     received = [decoded(each) for each in pacs.segmentations]
     return {str(dataset.PatientID).removeprefix("SCAN-"): dataset for dataset in received}
 

@@ -14,13 +14,14 @@ from orthanc import Orthanc
 from places import assert_same_places, places_in_nifti, places_in_seg, places_of_labels
 from programs import program
 from pydicom import dcmread
-from running_node import RunningNode, until
+from running_node import RunningNode
+from waiting import wait_until
 
 ROUTE = {
     "name": "hippocampus",
     "model": "hippocampus",
     "match": {"Modality": "MR"},
-    "quiet_time_s": 2.0,
+    "quiet_time_s": 6.0,
     "destinations": ["orthanc"],
 }
 
@@ -50,7 +51,7 @@ def result(
     orthanc, node = pacs_and_node
     folder = shared_data / "hippocampus_dicom" / "Study1_13_HCropVolume"
     orthanc.upload(sorted(folder.glob("*.dcm")))
-    until(lambda: all(map(orthanc.instances_of_modality, ("SEG", "SR"))), 120, node.log)
+    wait_until(lambda: all(map(orthanc.instances_of_modality, ("SEG", "SR"))), 120, node.log)
     (seg,) = orthanc.instances_of_modality("SEG")
     path = tmp_path_factory.mktemp("result") / "seg.dcm"
     path.write_bytes(orthanc.file(seg))
@@ -76,7 +77,8 @@ def test_what_was_routed_back_to_the_node_gave_no_second_result(
     own = dcmread(result, stop_before_pixels=True)
     study = f"/studies/{own.StudyInstanceUID}"
     n_images = own.ReferencedSeriesSequence[0].ReferencedInstanceSequence
-    until(lambda: node.get(study)["instance_count"] == len(n_images) + 2, 60, node.log)  # SEG and SR are back
+    with_seg_and_sr = len(n_images) + 2
+    wait_until(lambda: node.get(study)["instance_count"] == with_seg_and_sr, 60, node.log)
     # Once more, by hand: the whole study, result included.
     (whole,) = orthanc.get("/studies")
     sent = orthanc.client.post("/modalities/segnode/store", json={"Resources": [whole]}, timeout=120)
@@ -84,7 +86,7 @@ def test_what_was_routed_back_to_the_node_gave_no_second_result(
     assert sent.json()["FailedInstancesCount"] == 0
     # A second study comes out behind it: whatever the first would have started has started by then.
     orthanc.upload(sorted((shared_data / "hippocampus_dicom" / "Study3_11_HCropVolume").glob("*.dcm")))
-    until(lambda: len(orthanc.instances_of_modality("SEG")) >= 2, 120, node.log)
+    wait_until(lambda: len(orthanc.instances_of_modality("SEG")) >= 2, 120, node.log)
     jobs = node.wait_for_jobs(2)
     assert [job["state"] for job in jobs] == ["succeeded", "succeeded"]
     assert len({job["study_instance_uid"] for job in jobs}) == 2

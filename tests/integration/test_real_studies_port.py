@@ -131,7 +131,7 @@ def port(shared_data: Path, models_dir: Path, tmp_path_factory: pytest.TempPathF
         bundle = make_threshold_bundle(root / name, name=name, patch_size=(64, 64, 64), **arguments)
         registry.add(bundle.folder, check_golden=False)
         registry.activate(name, "1.0.0")
-    routes = [{**route, "quiet_time_s": 3.0, "destinations": ["pacs"]} for route in ROUTES]
+    routes = [{**route, "quiet_time_s": 6.0, "destinations": ["pacs"]} for route in ROUTES]
     with (
         StorageScp() as pacs,
         RunningNode(

@@ -14,7 +14,8 @@ from papers import commands
 from places import write_study
 from postgresql import PostgresServer
 from running_node import ROUTE
-from small_node import make_node, wait_until
+from small_node import make_node
+from waiting import wait_until
 
 from service.records.tables import JobState
 

@@ -15,8 +15,9 @@ from phantom import write_classic_series
 from places import AFFINE, image
 from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset
-from running_node import CALLING_AE_TITLE, ROUTE, SEGNODE, RunningNode, until
+from running_node import CALLING_AE_TITLE, ROUTE, SEGNODE, RunningNode
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from service.dicom.send import OutcomeKind, send_files
 from service.records.tables import Role
@@ -85,7 +86,7 @@ def test_a_study_goes_in_and_its_result_out_over_tls(secured: Nodes, tmp_path: P
     assert set(send(secured, paths)) == {OutcomeKind.DELIVERED}
     (job,) = node.wait_for_jobs(1)
     assert job["state"] == "succeeded", job
-    until(lambda: len(pacs.segmentations) == 1, 60, node.log)
+    wait_until(lambda: len(pacs.segmentations) == 1, 60, node.log)
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import pytest
 from bundle_factory import make_threshold_bundle
 from places import places_in_seg, write_study
 from pydicom import dcmread
-from running_node import ROUTE, RunningNode, until
+from running_node import ROUTE, RunningNode
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from models.bundle import Bundle
 from models.bundle_zip import pack_zip
@@ -64,7 +65,7 @@ def swap_while_jobs_run(
     def done() -> int:
         return sum(j["state"] == "succeeded" for j in node.jobs() if j["job_id"] not in already)
 
-    until(lambda: done() >= 4, 120, node.log)
+    wait_until(lambda: done() >= 4, 120, node.log)
     change()
     jobs = [j for j in node.wait_for_jobs(len(already) + JOBS, within_s=240) if j["job_id"] not in already]
     return sorted(jobs, key=lambda j: j["started_at"] or "")
@@ -87,7 +88,7 @@ def test_swap_and_roll_back_while_jobs_run(
             assert response.status_code == 201, response.text
             response = client.post("/models/threshold/1.1.0/gate", json={})
             assert response.status_code == 202, response.text
-            until(lambda: at_the_gate(client)["state"] in ("passed", "failed"), 120, node.log)
+            wait_until(lambda: at_the_gate(client)["state"] in ("passed", "failed"), 120, node.log)
             assert at_the_gate(client)["state"] == "passed", at_the_gate(client)
             response = client.post("/models/threshold/activate", json={"version": "1.1.0"})
             assert response.is_success, response.text
@@ -112,6 +113,6 @@ def test_swap_and_roll_back_while_jobs_run(
             seg = seg_of(node, job, tmp_path)
             assert digest_in(seg) == job["model"]["digest"]  # it says what it was made with
             assert set(places_in_seg(seg)) == labels[job["model"]["digest"]]  # and was made with it
-    until(lambda: len(pacs.segmentations) == 2 * JOBS, 60, node.log)
+    wait_until(lambda: len(pacs.segmentations) == 2 * JOBS, 60, node.log)
     touched = node.get("/models/threshold/1.1.0/studies")["items"]
     assert {job["model_digest"] for job in touched} == {newer.digest}

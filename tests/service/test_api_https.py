@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import httpx
 import pytest
 from certificates import Authority
 from sqlalchemy import select
+from waiting import wait_until
 
 from service.audit_trail import HEAD_FILE, read_head_file
 from service.components import run_api
@@ -37,20 +37,13 @@ def served(folder: Path, **http: Any) -> Iterator[tuple[Node, int]]:
         thread = threading.Thread(target=run_api, args=(node, stop, ports.append))
         thread.start()
         try:
-            until(lambda: bool(ports) or not thread.is_alive())
+            wait_until(lambda: bool(ports) or not thread.is_alive())
             assert ports[0] is not None
             yield node, ports[0]
         finally:
             stop.set()
             thread.join(30)
             assert not thread.is_alive()
-
-
-def until(condition: Any, limit_s: float = 30.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def origins(node: Node) -> list[str]:
@@ -76,7 +69,7 @@ def test_https_with_the_nodes_own_certificate(tmp_path: Path) -> None:
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"https://localhost:{port}/healthz", verify=old, trust_env=False)
         kept = tmp_path / "data" / HEAD_FILE
-        until(kept.exists)  # the process keeps the head of the audit trail
+        wait_until(kept.exists)  # the process keeps the head of the audit trail
         assert read_head_file(kept) is not None
 
 

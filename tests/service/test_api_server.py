@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
 import uvicorn
 from api_harness import ApiHarness, nifti
+from waiting import wait_until
 
 from service.api import middleware
 from service.api.protocol import GuardedProtocol
@@ -32,18 +32,11 @@ def port(api: ApiHarness) -> Iterator[int]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    until(lambda: server.started)
+    wait_until(lambda: server.started)
     yield listener.getsockname()[1]
     server.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
-
-
-def until(condition: Callable[[], bool], *, limit_s: float = 20.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def read_to_end(client: socket.socket) -> bytes:
@@ -82,10 +75,10 @@ def test_a_client_that_goes_away_leaves_nothing_behind(api: ApiHarness, port: in
     desk = api.app.state.api.desk
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(head(api, port, 1_000_000) + PART + b"x" * 3000)
-        until(lambda: any(api.spool.uploads_dir.iterdir()))
+        wait_until(lambda: any(api.spool.uploads_dir.iterdir()))
         assert desk.promised_bytes > 0
-    until(lambda: not any(api.spool.uploads_dir.iterdir()))
-    until(lambda: desk.promised_bytes == 0)
+    wait_until(lambda: not any(api.spool.uploads_dir.iterdir()))
+    wait_until(lambda: desk.promised_bytes == 0)
     assert api.get("/api/v1/jobs").json()["items"] == []
 
 
@@ -106,7 +99,7 @@ def test_a_head_that_drips_is_cut_off(port: int) -> None:
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n")
         client.settimeout(0.05)
         # a header every so often, for ever: uvicorn's own time-outs never end this
-        until(lambda: not drips(client))
+        wait_until(lambda: not drips(client))
 
 
 def drips(client: socket.socket) -> bool:

@@ -6,8 +6,7 @@ import json
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from xml.etree import ElementTree as Xml
 import pytest
 from certificates import Authority, Pair
 from sqlalchemy import select
+from waiting import wait_until
 
 from service.atna import Forwarder, RepositoryError
 from service.atna_messages import audit_message, syslog_frame
@@ -118,13 +118,6 @@ def write(records: Records, kind: str = "login", **more: object) -> None:
     given = {"actor": "r.radiologist", "at": NOW, "origin": "10.1.2.3", **more}
     with records.write() as session:
         record_event(session, kind, **given)  # type: ignore[arg-type]
-
-
-def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def row_of(records: Records) -> Event:
@@ -250,7 +243,7 @@ def test_what_is_new_goes_in_order_and_once(
         write(records, "job.failed", actor="worker")
         assert forwarder.send_batch() == 4
         assert forwarder.send_batch() == 0
-        until(lambda: len(there.frames) == 3)
+        wait_until(lambda: len(there.frames) == 3)
         assert [message[2].get("UserID") for message in there.messages] == [f"person {n}" for n in range(3)]
     assert json.loads((tmp_path / "position.json").read_text()) == {"chain_index": 5}
 
@@ -271,7 +264,7 @@ def test_messages_wait_while_the_repository_is_away(
     with repository(pair, port=port) as there:
         again = Forwarder(rules(port, authority), records, position)  # after a restart
         assert [again.send_batch() for _ in range(3)] == [200, 50, 0]
-        until(lambda: len(there.frames) == 250)
+        wait_until(lambda: len(there.frames) == 250)
         assert [m[2].get("UserID") for m in there.messages] == [f"person {n}" for n in range(250)]
 
 
@@ -288,9 +281,9 @@ def test_what_was_cut_off_is_sent_again(
             write(records, actor=f"person {number}")
         with pytest.raises(RepositoryError, match="has not taken"):
             forwarder.send_batch()
-        until(lambda: there.cut_off == 1)
+        wait_until(lambda: there.cut_off == 1)
         assert forwarder.send_batch() == 20
-        until(lambda: len(there.frames) == 20)
+        wait_until(lambda: len(there.frames) == 20)
 
 
 def test_a_repository_that_is_not_the_one_is_told_nothing(
@@ -319,7 +312,7 @@ def test_one_process_at_a_time_sends(
             thread.start()
         for number in range(20):
             write(records, actor=f"person {number}")
-        until(lambda: len(there.frames) >= 20)
+        wait_until(lambda: len(there.frames) >= 20)
         stop.set()
         for thread in threads:
             thread.join()

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from bundle_factory import make_threshold_bundle
 from phantom import write_classic_series
-from small_node import AFFINE, image_array, wait_until
+from small_node import AFFINE, image_array
+from waiting import wait_until
 
 from models.bundle import Bundle
 from models.errors import ReasonCode, Refusal

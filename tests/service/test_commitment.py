@@ -12,8 +12,8 @@ from api_harness import ApiHarness
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_role, evt
 from pynetdicom.sop_class import StorageCommitmentPushModel
-from small_node import wait_until
 from sqlalchemy import select
+from waiting import wait_until
 
 from service.commitment import Committer, ReportDesk
 from service.dicom.commitment import NO_SUCH_OBJECT, CommitmentReport, read_report

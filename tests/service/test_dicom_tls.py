@@ -6,7 +6,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from programs import program
 from pydicom import dcmwrite
 from sqlalchemy import select
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from service.dicom import doorkeeper
 from service.dicom.receive import Receiver
@@ -87,13 +87,6 @@ def rejections(records: Records) -> list[Event]:
 def instances(records: Records) -> int:
     with records.read() as session:
         return len(session.scalars(select(Instance)).all())
-
-
-def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def nobody_is_left() -> bool:
@@ -204,13 +197,13 @@ def test_no_certificate_and_a_strangers_are_shut_out(
     assert anonymous.returncode != 0
     assert wrong.returncode != 0
     assert instances(records) == 0
-    until(lambda: len(rejections(records)) == 2)
+    wait_until(lambda: len(rejections(records)) == 2)
     assert {event.detail["tls"] for event in rejections(records)} == {
         "peer did not return a certificate",
         "certificate not accepted: unable to get local issuer certificate",
     }
     assert all(e.alert and e.detail["peer_address"] == "127.0.0.1" for e in rejections(records))
-    until(nobody_is_left)
+    wait_until(nobody_is_left)
 
 
 @pytest.mark.parametrize(("days", "why"), [((-30, -1), "has expired"), ((2, 30), "is not yet valid")])
@@ -227,7 +220,7 @@ def test_a_certificate_out_of_its_time_is_shut_out(
     outcome = echo(destination(receiver.port, authority, late), calling_ae_title="X")
     assert outcome.kind is OutcomeKind.RETRY
     assert "TLS failed" in str(outcome.error)
-    until(lambda: len(rejections(records)) == 1)
+    wait_until(lambda: len(rejections(records)) == 1)
     assert why in rejections(records)[0].detail["tls"]
 
 
@@ -239,8 +232,8 @@ def test_plain_text_to_a_tls_port_is_shut_out(
         assert not sender.association.is_established
     assert storescu(receiver.port, write_object(tmp_path)).returncode != 0
     assert instances(records) == 0
-    until(lambda: len(rejections(records)) == 1)  # said once, not at every try
-    until(nobody_is_left)
+    wait_until(lambda: len(rejections(records)) == 1)  # said once, not at every try
+    wait_until(nobody_is_left)
 
 
 def test_who_never_shakes_hands_holds_up_nobody(
@@ -256,8 +249,8 @@ def test_who_never_shakes_hands_holds_up_nobody(
         each.settimeout(20)
         assert each.recv(1) == b""
         each.close()
-    until(lambda: [e.detail["tls"] for e in rejections(records)] == ["no handshake in time"])
-    until(nobody_is_left)
+    wait_until(lambda: [e.detail["tls"] for e in rejections(records)] == ["no handshake in time"])
+    wait_until(nobody_is_left)
 
 
 def test_handshakes_have_a_bound(
@@ -265,13 +258,13 @@ def test_handshakes_have_a_bound(
 ) -> None:
     receiver = start_receiver(dicom={"tls": tls(node, authority), "maximum_associations": 1})
     with socket.create_connection(("127.0.0.1", receiver.port)):
-        until(lambda: receiver._door._handshakes._value == 0)
+        wait_until(lambda: receiver._door._handshakes._value == 0)
         with socket.create_connection(("127.0.0.1", receiver.port)) as second:
             second.settimeout(20)
             assert second.recv(1) == b""
-    until(lambda: {e.detail["tls"] for e in rejections(records)} > {"too many handshakes at once"})
+    wait_until(lambda: {e.detail["tls"] for e in rejections(records)} > {"too many handshakes at once"})
     to = destination(receiver.port, authority, scanner)
-    until(lambda: echo(to, calling_ae_title="X").kind is OutcomeKind.DELIVERED)
+    wait_until(lambda: echo(to, calling_ae_title="X").kind is OutcomeKind.DELIVERED)
 
 
 @pytest.mark.parametrize("suite", ["ECDHE-RSA-AES128-SHA256", "AES128-GCM-SHA256", "ECDHE-RSA-AES256-SHA"])

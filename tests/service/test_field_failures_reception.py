@@ -18,6 +18,7 @@ from phantom import chiral_image, write_enhanced_series
 from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom import AE
 from sqlalchemy import select
+from waiting import wait_until
 
 from models.errors import ReasonCode, Refusal
 from service.dicom.receive import Receiver
@@ -143,14 +144,13 @@ def test_a_multi_frame_object_that_cannot_be_parsed_costs_no_association(
 
 def test_an_association_leaves_nothing_in_the_memory(start_receiver: Start) -> None:
     receiver = start_receiver()
+    idle = threading.active_count()
 
     def use(count: int) -> int:
         for number in range(count):
             with associated(receiver.port) as sender:
                 assert sender.store(make_object(number % 3, PixelData=bytes(100_000))) == 0x0000
-        deadline = time.monotonic() + 20
-        while threading.active_count() > 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: threading.active_count() <= idle + 1)
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 

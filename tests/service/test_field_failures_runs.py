@@ -17,9 +17,10 @@ from command_line import Segnode, command_line
 from dicom_peer import associated, data_set_of
 from phantom import write_classic_series
 from pydicom import dcmread
-from small_node import AFFINE, SmallNode, image_array, make_node, wait_until
+from small_node import AFFINE, SmallNode, image_array, make_node
 from sqlalchemy import select
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from models.errors import ReasonCode, Refusal
 from service import inference

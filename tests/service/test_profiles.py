@@ -13,9 +13,10 @@ from findings import make_finding, phantom_source, rendered
 from phantom import chiral_labels, phantom_manifest
 from pydantic import ValidationError
 from pydicom import dcmread
-from small_node import SmallNode, image_array, make_node, wait_until
+from small_node import SmallNode, image_array, make_node
 from sqlalchemy import select
 from storage_scp import StorageScp, StoredObject
+from waiting import wait_until
 
 from service.completeness import Completeness
 from service.dicom.series import SourceSeries

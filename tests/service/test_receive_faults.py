@@ -9,7 +9,6 @@ import queue
 import socket
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from pynetdicom.transport import AssociationSocket
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
+from waiting import wait_until
 
 from service.dicom import incoming, object_store
 from service.dicom.receive import Receiver
@@ -54,15 +54,6 @@ def events(records: Records, kind: str) -> list[Event]:
 
 def files(spool: Spool) -> list[Path]:
     return [p for d in (spool.incoming_dir, spool.instances_dir) for p in d.rglob("*") if p.is_file()]
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # --- Objects that are refused
@@ -406,9 +397,9 @@ def test_an_association_that_ends_in_the_middle_of_an_object_leaves_nothing(
         )
         for fragment in fragments[:-3]:
             sender.association.dul.send_pdu(fragment)
-        assert eventually(lambda: len(files(node_spool)) == 1)
+        wait_until(lambda: len(files(node_spool)) == 1)
         sender.association.abort()
-        assert eventually(lambda: files(node_spool) == [])
+        wait_until(lambda: files(node_spool) == [])
     assert rows(records) == []
     with associated(receiver.port) as sender:
         assert sender.store(make_object()) == 0x0000
@@ -442,7 +433,7 @@ def test_a_command_without_a_mandatory_parameter_is_aborted_not_left_waiting(
         context_id = sender.context_id(MR_IMAGE_STORAGE, ExplicitVRLittleEndian)
         for fragment in message.encode_msg(context_id, 16384):
             sender.association.dul.send_pdu(fragment)
-        assert eventually(lambda: not sender.association.is_established)
+        wait_until(lambda: not sender.association.is_established)
     assert files(node_spool) == []
 
 
@@ -451,7 +442,7 @@ def test_an_object_under_a_context_that_was_not_accepted_is_aborted(start_receiv
     with associated(receiver.port) as sender:
         for fragment in _store_message(make_object()).encode_msg(201, 16384):
             sender.association.dul.send_pdu(fragment)
-        assert eventually(lambda: not sender.association.is_established)
+        wait_until(lambda: not sender.association.is_established)
 
 
 def test_a_command_without_end_is_aborted(start_receiver: Start) -> None:
@@ -461,7 +452,7 @@ def test_a_command_without_end_is_aborted(start_receiver: Start) -> None:
         fragment.presentation_data_value_list.append((1, b"\x01" + b"\0" * 16000))
         for _ in range(6):
             sender.association.dul.send_pdu(fragment)
-        assert eventually(lambda: not sender.association.is_established)
+        wait_until(lambda: not sender.association.is_established)
 
 
 def test_a_pdu_that_claims_four_gigabytes_closes_the_connection(start_receiver: Start) -> None:
@@ -496,7 +487,7 @@ def test_probes_of_the_port_hold_no_association(start_receiver: Start) -> None:
     receiver = start_receiver(dicom={"network_timeout_s": 60, "maximum_associations": 2})
     for _ in range(10):  # as a load balancer does, for ever
         socket.create_connection(("127.0.0.1", receiver.port), timeout=20).close()
-    assert eventually(lambda: _can_associate(receiver.port), timeout_s=10)
+    wait_until(lambda: _can_associate(receiver.port))
 
 
 def test_noise_on_the_port_is_survived(start_receiver: Start) -> None:
@@ -514,7 +505,7 @@ def test_more_associations_than_allowed_are_rejected_as_transient(start_receiver
         answer = third.association.acceptor.primitive
         assert third.association.is_rejected
         assert (answer.result, answer.result_source, answer.diagnostic) == (2, 3, 2)
-    assert eventually(lambda: _can_associate(receiver.port))
+    wait_until(lambda: _can_associate(receiver.port))
 
 
 def _can_associate(port: int) -> bool:
@@ -525,6 +516,7 @@ def _can_associate(port: int) -> bool:
 @pytest.mark.slow
 def test_hundreds_of_associations_leave_no_thread_no_file_and_no_memory(start_receiver: Start) -> None:
     receiver = start_receiver()
+    idle = threading.active_count()
 
     def use(count: int) -> None:
         for number in range(count):
@@ -538,10 +530,10 @@ def test_hundreds_of_associations_leave_no_thread_no_file_and_no_memory(start_re
         return alive, threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     use(20)
-    assert eventually(lambda: threading.active_count() <= 4)
+    wait_until(lambda: threading.active_count() <= idle + 1)
     before = kept()
     use(180)
-    assert eventually(lambda: all(now <= then + 3 for now, then in zip(kept(), before, strict=True)))
+    wait_until(lambda: all(now <= then + 3 for now, then in zip(kept(), before, strict=True)))
 
 
 def test_a_connection_whose_peer_has_gone_first_is_closed_too() -> None:

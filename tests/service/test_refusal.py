@@ -14,9 +14,10 @@ import pytest
 from findings import CREATED_AT, dciodvfy_errors
 from phantom import chiral_image, oblique_affine, write_classic_series
 from pydicom import Dataset, dcmread
-from small_node import AFFINE, SmallNode, image_array, make_node, wait_until
+from small_node import AFFINE, SmallNode, image_array, make_node
 from sqlalchemy import select
 from storage_scp import StorageScp
+from waiting import wait_until
 
 from models.errors import ReasonCode, Refusal
 from service import refusals as refusals_module

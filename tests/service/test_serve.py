@@ -10,12 +10,13 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import wait_until
 
 from service.components import PortInUseError, listen
 from service.serve import AlreadyRunningError, Program, StartError, Supervisor, only_one, write_ports
@@ -38,13 +39,6 @@ LOGS_ITS_STARTS = """
     sys.stdin.read()
     open(sys.argv[1] + ".drained", "w").close()
 """
-
-
-def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 class Running:
@@ -81,7 +75,7 @@ def starts(path: Path) -> list[list[str]]:
 
 def test_the_ports_of_all_are_told_once_all_are_ready(tmp_path: Path) -> None:
     with Running([program("a", OBEDIENT), program("b", OBEDIENT)]) as running:
-        until(lambda: bool(running.ports))
+        wait_until(lambda: bool(running.ports))
     assert running.ports == [{"a": 4711, "b": 4711}]
     assert running.error is None
 
@@ -89,10 +83,10 @@ def test_the_ports_of_all_are_told_once_all_are_ready(tmp_path: Path) -> None:
 def test_a_killed_process_is_started_again_on_the_port_it_had(tmp_path: Path) -> None:
     log = tmp_path / "starts"
     with Running([program("a", LOGS_ITS_STARTS, log, port_variable="FIXED_PORT")]) as running:
-        until(lambda: bool(running.ports) and len(starts(log)) == 1)
+        wait_until(lambda: bool(running.ports) and len(starts(log)) == 1)
         for n in (2, 3):
             os.kill(int(starts(log)[-1][0]), signal.SIGKILL)
-            until(lambda n=n: len(starts(log)) == n)
+            wait_until(lambda n=n: len(starts(log)) == n)
     assert [port for _, port in starts(log)] == ["-", "4711", "4711"]
     assert len(running.ports) == 1
 
@@ -117,9 +111,9 @@ def test_the_pause_doubles_with_every_death_in_a_row(tmp_path: Path) -> None:
     thread = threading.Thread(target=supervisor.run, args=(stop,))
     thread.start()
     for n in (1, 2, 3):
-        until(lambda n=n: len(starts(log)) == n)
+        wait_until(lambda n=n: len(starts(log)) == n)
         os.kill(int(starts(log)[-1][0]), signal.SIGKILL)
-    until(lambda: len(starts(log)) == 4)
+    wait_until(lambda: len(starts(log)) == 4)
     stop.set()
     thread.join(20)
     gaps = [later - earlier for earlier, later in pairwise(pauses)]
@@ -137,7 +131,7 @@ def test_stopping_lets_processes_finish_first(tmp_path: Path) -> None:
             )
         ]
     ) as running:
-        until(lambda: bool(running.ports) and bool(starts(log)))
+        wait_until(lambda: bool(running.ports) and bool(starts(log)))
     assert (tmp_path / "starts.drained").exists()
 
 
@@ -151,7 +145,7 @@ def test_a_process_that_does_not_stop_is_killed_after_the_drain_time(tmp_path: P
         time.sleep(600)
     """
     with Running([program("a", stubborn, log)], drain_s=0.3) as running:
-        until(lambda: bool(running.ports) and bool(starts(log)))
+        wait_until(lambda: bool(running.ports) and bool(starts(log)))
     assert not psutil.pid_exists(int(starts(log)[0][0]))
 
 
@@ -185,10 +179,10 @@ def test_processes_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     with supervisor:
         assert supervisor.stdout is not None
         assert "4711" in supervisor.stdout.readline()
-        until(lambda: bool(starts(log)))
+        wait_until(lambda: bool(starts(log)))
         supervisor.kill()
-    until((tmp_path / "starts.drained").exists)
-    until(lambda: not psutil.pid_exists(int(starts(log)[0][0])))
+    wait_until((tmp_path / "starts.drained").exists)
+    wait_until(lambda: not psutil.pid_exists(int(starts(log)[0][0])))
 
 
 def test_one_supervisor_a_data_folder(tmp_path: Path) -> None:

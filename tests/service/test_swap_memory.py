@@ -16,7 +16,8 @@ import psutil
 import pytest
 import scripted_child
 from bundle_factory import write_nifti_ras
-from small_node import SmallNode, make_node, wait_until
+from small_node import SmallNode, make_node
+from waiting import wait_until
 
 from service import inference
 from service.records.jobs import enqueue

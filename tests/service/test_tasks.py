@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import scripted_child
 from redis_server import RedisServer
-from small_node import make_node, wait_until
+from small_node import make_node
+from waiting import wait_until
 
 from service import inference
 from service.records.database import utc_now

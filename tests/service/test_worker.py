@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import scripted_child
-from small_node import SmallNode, make_node, wait_until
+from small_node import SmallNode, make_node
 from sqlalchemy import select, update
+from waiting import wait_until
 
 from service import inference
 from service import worker as worker_module
@@ -69,10 +70,19 @@ class Scene:
             assert self._worker.run_one(stop)
         return max(self.node.jobs(), key=lambda job: job.started_at or job.created_at)
 
+    def limit(self, worker: Worker, **limits: object) -> None:
+        """Set limits of time, once a process is up: what its start takes is the machine's affair.
+
+        The script's first act must be "succeed".
+        """
+        self.enqueue("to have a process")
+        assert self.run().state is JobState.SUCCEEDED
+        worker.runner._worker = worker.runner._worker.model_copy(update=limits)
+
     def given(self, number: int) -> dict[str, Any]:
         """What the inference process was given for the job of this number, once it was."""
         path = self.script_folder / f"{number}.given"
-        wait_until(path.exists, 20)
+        wait_until(path.exists, 60)
         return json.loads(path.read_text())
 
     def events(self) -> list[tuple[str, bool]]:
@@ -240,24 +250,34 @@ def test_whatever_becomes_of_the_process_is_a_failure_with_a_sentence_and_the_jo
 @pytest.mark.parametrize(
     ("act", "settings", "code"),
     [
-        ("hang", {"stall_timeout_s": 0.6}, "CHILD_STALLED"),
-        ("repeat", {"stall_timeout_s": 0.6}, "CHILD_STALLED"),
-        ("crawl", {"job_deadline_s": 0.8}, "DEADLINE_EXCEEDED"),
+        ("hang", {"stall_timeout_s": 2.0}, "CHILD_STALLED"),
+        ("repeat", {"stall_timeout_s": 2.0}, "CHILD_STALLED"),
+        ("crawl", {"job_deadline_s": 2.0}, "DEADLINE_EXCEEDED"),
     ],
 )
 def test_a_process_that_gets_nowhere_is_killed(scene: Scene, act: str, settings: dict, code: str) -> None:
-    scene.script(act, **settings)
+    scene.limit(scene.script("succeed", act), **settings)
     scene.enqueue()
     job = scene.run()
     assert (job.state, job.failures, job.reason_code) == (JobState.QUEUED, 1, code)
     assert "forward" in (job.reason or "")
-    assert not is_running(scene.given(0)["pid"])
+    assert not is_running(scene.given(1)["pid"])
+
+
+def test_a_process_that_does_not_even_start_is_killed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "COMMAND", (sys.executable, "-c", "import time; time.sleep(600)"))
+    worker = scene.script("succeed", stall_timeout_s=0.6)
+    scene.enqueue()
+    job = scene.run()
+    assert (job.state, job.failures, job.reason_code) == (JobState.QUEUED, 1, "CHILD_STALLED")
+    assert worker.runner.inference_pid is None
 
 
 def test_an_error_of_the_worker_itself_leaves_no_process_at_work(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = scene.script("crawl", "succeed", lease_s=0.6)
+    worker = scene.script("succeed", "crawl", "succeed")
+    scene.limit(worker, lease_s=2.0)
     scene.enqueue()
 
     def renew(*_arguments: object) -> None:
@@ -267,8 +287,8 @@ def test_an_error_of_the_worker_itself_leaves_no_process_at_work(
         during.setattr(worker.runner, "_renew", renew)
         with pytest.raises(RuntimeError, match="a mistake"):
             worker.run_one(NEVER)
-    assert not is_running(scene.given(0)["pid"])
-    wait_until(lambda: worker.reap(utc_now()) != [], 20)  # the lease was not renewed, and lapses
+    assert not is_running(scene.given(1)["pid"])
+    assert worker.reap(utc_now() + timedelta(hours=1)) != []  # the lease was not renewed, and lapses
     job = scene.run()
     assert (job.state, job.lapses, job.failures) == (JobState.SUCCEEDED, 1, 0)
 
@@ -358,7 +378,7 @@ class TestClaims:
 
     def running(self, scene: Scene, act: str, meanwhile: Callable[[int], None], **settings: object) -> Job:
         """Run one job, and do something once its process has it."""
-        scene.script(act, **{"lease_s": 0.6, **settings})
+        scene.script(act, **{"lease_s": 3.0, **settings})
         scene.enqueue()
         errors: list[BaseException] = []
 
@@ -407,17 +427,17 @@ class TestClaims:
                 assert look() == []
                 return scene.node.jobs()[0].state is not JobState.RUNNING
 
-            wait_until(ended_or_lapsed, 20)
+            wait_until(ended_or_lapsed, 60)
 
-        job = self.running(scene, "succeed_after 1.5", keep_looking)
+        job = self.running(scene, "succeed_after 4.0", keep_looking)
         assert (job.state, job.lapses, job.attempt) == (JobState.SUCCEEDED, 0, 1)
 
     def test_progress_is_seen_in_the_records(self, scene: Scene) -> None:
         def look(_pid: int) -> None:
-            wait_until(lambda: scene.node.jobs()[0].progress_fraction >= 0.25, 20)
+            wait_until(lambda: scene.node.jobs()[0].progress_fraction >= 0.25, 60)
             assert scene.node.jobs()[0].progress_stage == "forward"
 
-        self.running(scene, "succeed_after 1.0", look)
+        self.running(scene, "succeed_after 2.0", look)
 
     def test_a_worker_that_stops_gives_its_job_back_unharmed(self, scene: Scene) -> None:
         stop = threading.Event()

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import httpx
 import yaml
-from running_node import until
+from waiting import wait_until
 
 from service.dicom.send import OutcomeKind, send_files
 from service.settings import Destination
@@ -180,7 +180,7 @@ class ComposeSite:
             state = self.inspect(service)["State"]
             return bool(state["Running"]) and int(state["Pid"]) not in (0, killed_pid)
 
-        until(back, START_TIMEOUT_S, self.logs)
+        wait_until(back, START_TIMEOUT_S, self.logs)
 
     def logs(self) -> str:
         ends = []
@@ -274,7 +274,7 @@ class ComposeSite:
                 return False
             return self.healthy("receiver")
 
-        until(ready, START_TIMEOUT_S, self.logs)
+        wait_until(ready, START_TIMEOUT_S, self.logs)
 
     def jobs_of(self, study_instance_uid: str) -> list[dict[str, Any]]:
         jobs: list[dict[str, Any]] = self.get(f"/api/v1/studies/{study_instance_uid}")["jobs"]

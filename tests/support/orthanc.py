@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import httpx
 from programs import program
-from running_node import until
+from waiting import wait_until
 
 # Everything that comes in by DICOM or over REST is routed to the node, results that it sent back too.
 _ROUTE_EVERYTHING = """
@@ -62,7 +62,7 @@ class Orthanc:
             self._process = subprocess.Popen(
                 [program("Orthanc", "orthanc"), str(path)], stdout=log, stderr=log, cwd=self._folder
             )
-        until(self._answers, 60, self.log)
+        wait_until(self._answers, 60, self.log)
 
     def __enter__(self) -> Self:
         return self

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,6 +16,7 @@ import pydicom
 from bundle_factory import make_threshold_bundle
 from numpy.typing import NDArray
 from phantom import write_classic_series
+from waiting import wait_until
 
 from models.registry import Registry
 from service.records.database import Records, utc_now
@@ -131,15 +131,6 @@ class SmallNode:
 
     def _describe(self) -> str:
         return str([(j.state, j.reason_code, j.reason, j.progress_stage) for j in self.jobs()])
-
-
-def wait_until(
-    condition: Callable[[], bool], within_s: float = 60.0, describe: Callable[[], str] = lambda: ""
-) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not in {within_s} s: {describe()}"
-        time.sleep(0.02)
 
 
 def make_node(folder: Path, **changes: object) -> SmallNode:
