@@ -224,7 +224,10 @@ def _verify(source: Path) -> dict[str, Any]:
         wrong |= {name for name in present & sums.keys() if _digest(source / name) != sums[name]}
         description: dict[str, Any] = json.loads((source / "backup.json").read_text())
     except (OSError, ValueError) as error:
-        raise BackupError(f"{source} is no backup ({type(error).__name__}).") from error
+        raise BackupError(
+            f"{source} is no backup: its SHA256SUMS or backup.json is missing or cannot be read.",
+            remedy="Name a folder that 'segnode backup' has written, whole and as it was.",
+        ) from error
     if wrong:
         raise BackupError(
             f"{len(wrong)} file(s) of the backup are damaged, missing or foreign, {min(wrong)} for one.",

@@ -47,7 +47,8 @@ def main() -> int:
     answers = _take_standard_output()
     configure_logging(component="inference")
     _be_first_when_memory_runs_out()
-    lines = _read_lines(sys.stdin.buffer)
+    # Not sys.stdin itself: a thread that waits in it keeps its lock, and the interpreter could not end.
+    lines = _read_lines(open(sys.stdin.fileno(), "rb", closefd=False))  # noqa: SIM115 - for good
 
     def say(answer: Ready | Advance | Succeeded | Refused | Failed) -> None:
         answers.write(answer.to_line())

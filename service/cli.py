@@ -74,6 +74,16 @@ def main() -> None:
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stderr.close()
         sys.exit(EXIT_ERROR)
+    except OSError as error:
+        from service.commands.files import files_error_of
+        from service.logs import get_logger
+
+        refused = files_error_of(error)
+        if refused is None:
+            raise
+        get_logger("segnode").warning("files.refused", exc_info=error)  # the places, in a node's log alone
+        show_error(refused.code, refused.message, refused.remedy)
+        sys.exit(EXIT_ERROR)
     except Exception as error:
         from service.records.outage import outage_of, reason_of
 

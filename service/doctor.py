@@ -7,6 +7,7 @@ its own that comes and goes in a data folder which several hosts may share.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from models.errors import SegnodeError
-from models.registry import Registry
+from models.registry import Registry, shipped_bundles
 from models.resources import available_memory_bytes, usable_cores
 from models.runtimes import available_runtimes, choose_runtime
 from service.diagnosis import Finding, ok, problem, warning
@@ -43,14 +44,17 @@ def examine(settings: Settings, registry: Registry, *, echo: Echo) -> Iterator[F
     """Every finding, one by one, as the checks go on."""
     yield from check_data_dir(settings)
     yield from check_disk(settings)
-    yield from check_database(settings)
+    opens = _opens(settings.data_dir)  # else what is in it cannot be looked at
+    if opens:
+        yield from check_database(settings)
     yield check_port("DICOM port", settings.dicom.host, settings.dicom.port)
     yield check_port("HTTP port", settings.http.host, settings.http.port)
     yield check_machine()
     yield check_runtime(settings)
     yield from check_certificates(settings)
-    yield from check_models(registry)
-    yield from check_configuration(settings, registry)
+    if opens:
+        yield from check_models(registry)
+        yield from check_configuration(settings, registry)
     for destination in settings.destinations:
         yield check_destination(destination, echo)
 
@@ -82,6 +86,9 @@ def check_route(route: Route, registry: Registry) -> Finding:
     what = f"route {route.name}"
     active = registry.active_version(route.model)
     version = route.version or active
+    if version is None and route.model in _comes_with_serve(registry):
+        to = ", ".join(route.destinations) or "no destination"
+        return ok(what, f"{route.model}, which segnode serve installs, to {to}")
     if version is None:
         return problem(
             what,
@@ -132,6 +139,13 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
     elif not _writable(folder):
         yield problem(
             "data folder", f"{folder} cannot be written to.", "Give it to the node's user (chown), mode 0700."
+        )
+    elif (mode := folder.stat().st_mode & 0o777) & 0o077:
+        yield warning(
+            "data folder",
+            f"{folder} is open to other users of this machine (mode {mode:04o}), and holds studies with "
+            "identity.",
+            f"chmod 0700 {folder}",
         )
     else:
         yield ok("data folder", str(folder))
@@ -303,11 +317,14 @@ def _check_certificate(what: str, path: Path, key: Path | None, now: datetime) -
 def check_models(registry: Registry) -> Iterator[Finding]:
     """Whether every installed version is still what was installed."""
     names = registry.names()
-    if not names:
+    coming = _comes_with_serve(registry)
+    if coming and not names:
+        yield ok("models", f"none yet; segnode serve installs those that ship ({', '.join(coming)})")
+    elif not names:
         yield warning(
             "models",
-            "No model is installed.",
-            "segnode serve installs those that ship; segnode models add one.",
+            "No model is installed, and those that ship are not signed by a key that this node trusts.",
+            "Sign them with a key of the site (segnode models sign), and add them (segnode models add).",
         )
     for name in names:
         active = registry.active_version(name)
@@ -332,7 +349,7 @@ def check_destination(destination: Destination, echo: Echo) -> Finding:
         return ok(what, f"{peer} answers")
     return problem(
         what,
-        f"{peer}: {wrong}",
+        wrong if wrong.startswith(peer) else f"{peer}: {wrong}",
         "Check host and port, that the PACS knows this node's AE title and address, and its firewall.",
     )
 
@@ -340,6 +357,18 @@ def check_destination(destination: Destination, echo: Echo) -> Finding:
 def _existing(folder: Path) -> Path:
     """The folder itself, or the nearest one above that exists."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _comes_with_serve(registry: Registry) -> list[str]:
+    """The models that ship and that ``segnode serve`` installs: no version of them is here."""
+    if registry.trusted_keys is not None:
+        return []
+    return sorted({folder.parent.name for folder in shipped_bundles()} - set(registry.names()))
+
+
+def _opens(folder: Path) -> bool:
+    """False for a folder that is there, and whose files this user may not look at."""
+    return not folder.is_dir() or os.access(folder, os.R_OK | os.X_OK)
 
 
 def _writable(folder: Path) -> bool:

@@ -6,6 +6,7 @@ over the file. Every error in the configuration is reported at once, by its plac
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy.engine import make_url
 
@@ -340,6 +342,13 @@ def load_settings(path: Path | None = None) -> Settings:
                 f"The configuration {path} cannot be read: {error.strerror}.",
                 remedy="Give the path of a YAML file that the node's user may read.",
             ) from error
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            where = "" if mark is None else f" from line {mark.line + 1}, column {mark.column + 1} on"
+            raise SettingsError(
+                f"The configuration {path} is not YAML{where}: {error.problem or error.context}.",
+                remedy="Correct the file and start again.",
+            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SettingsError(
                 f"The configuration {path} is not YAML: {error}.", remedy="Correct the file and start again."
@@ -352,10 +361,21 @@ def load_settings(path: Path | None = None) -> Settings:
         return Settings(**values)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg'].removeprefix('Value error, ')}"
+            f"  {'.'.join(map(str, e['loc'])) or 'configuration'}: {_in_plain_words(e)}"
             for e in error.errors()
         ]
         raise SettingsError(
             f"{len(lines)} error(s) in the configuration{f' {path}' if path else ''}:\n" + "\n".join(lines),
             remedy="\nCorrect them and start again.",
         ) from error
+
+
+def _in_plain_words(error: ErrorDetails) -> str:
+    """What is wrong with a value; of a key that does not exist, which existing one is spelt most like it."""
+    if error["type"] != "extra_forbidden":
+        return error["msg"].removeprefix("Value error, ")
+    schema = Settings.model_json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    known = {key for section in sections for key in section.get("properties", {})}
+    meant = difflib.get_close_matches(str(error["loc"][-1]), sorted(known), n=1)
+    return f"there is no such key{f', did you mean {meant[0]}' if meant else ''}"

@@ -11,6 +11,7 @@ import typer
 
 from models.errors import SegnodeError
 from service.commands.console import note
+from service.commands.files import check_place
 from service.commands.settings import Config, load
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ def accept(
     from service.node import open_node
     from service.records.database import utc_now
 
+    if output != "-":
+        if Path(output).is_dir():
+            raise typer.BadParameter(f"{output} is a folder; name a PDF", param_hint="--output")
+        check_place(Path(output), "--output")
     settings = load(config)
     chosen = _route(settings, route)
     listener = node or f"{settings.dicom.ae_title}@{_reachable(settings.dicom.host)}:{settings.dicom.port}"

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from service.backup import BackedUp
     from service.settings import Settings
 
-Folder = Annotated[Path, typer.Argument(file_okay=False)]
+Folder = Annotated[Path, typer.Argument(help="A new folder, or an empty one.", file_okay=False)]
+Backup = Annotated[Path, typer.Argument(help="What segnode backup wrote.", exists=True, file_okay=False)]
 
 
 def backup(folder: Folder, config: Config = None) -> None:
@@ -29,7 +30,7 @@ def backup(folder: Folder, config: Config = None) -> None:
     _record("backup.made", settings, done)
 
 
-def restore(folder: Folder, config: Config = None) -> None:
+def restore(folder: Backup, config: Config = None) -> None:
     """Put a backup into an empty data folder and an empty database of either engine; then start the node."""
     from service.backup import restore as put_back
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from models.errors import SegnodeError
 from service.commands import governance, signing
-from service.commands.console import note, show_table
+from service.commands.console import note, show_error, show_table
 from service.commands.governance import AcceptChangedLabels, activate_through_gate, actor, open_node_of
 from service.commands.settings import Config, load
 
@@ -31,22 +32,33 @@ def _registry(config: Path | None) -> Registry:
 
 @app.command(name="list")
 def list_models(config: Config = None) -> None:
-    """Every installed version: what is active, what is withdrawn, and its digest."""
+    """Every installed version: what is active, what is withdrawn, and its digest.
+
+    Exit status 1 if one is not what was installed; the others are listed all the same.
+    """
     registry = _registry(config)
     rows = []
+    damaged: list[SegnodeError] = []
     for name in registry.names():
         for version in registry.versions(name):
             state = "withdrawn" if registry.is_withdrawn(name, version) else ""
             active = "active" if registry.active_version(name) == version else ""
-            bundle = registry.get(name, version)
-            rows.append(
-                (name, version, " ".join(filter(None, (active, state))), bundle.digest, bundle.manifest.title)
-            )
+            try:
+                bundle = registry.get(name, version)
+                digest, title = bundle.digest, bundle.manifest.title
+            except SegnodeError as error:
+                damaged.append(error)
+                state, digest, title = f"{state} damaged".strip(), "-", "-"
+            rows.append((name, version, " ".join(filter(None, (active, state))), digest, title))
     show_table(("model", "version", "state", "digest", "title"), rows)
     if not rows:
         note(
             "No model is installed: segnode serve installs those that ship, segnode models add installs one."
         )
+    for wrong in damaged:
+        show_error(wrong.code, wrong.message, wrong.remedy)
+    if damaged:
+        raise typer.Exit(1)
 
 
 @app.command()

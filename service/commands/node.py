@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,13 +34,14 @@ def serve(config: Config = None) -> None:
     from service.doctor import check_configuration
     from service.lifetime import stop_on_signals
     from service.logs import configure_logging
-    from service.node import open_node, seed_models
+    from service.node import make_data_dir, open_node, seed_models
     from service.records.outage import wait_for_records
     from service.serve import Supervisor, node_programs, only_one, write_ports
 
     settings = load(config)
     configure_logging(settings.log_level, component="serve")
     stop = stop_on_signals()
+    make_data_dir(settings.data_dir)  # before whatever else would make it, open to everybody
     if not wait_for_records(settings.records_url, stop):
         return
     with open_node(settings) as node, only_one(settings.data_dir):
@@ -93,20 +95,22 @@ def _run(name: str, config: Path | None, supervised: bool) -> None:
     from service.components import COMPONENTS
     from service.lifetime import announce, stop_on_end_of, stop_on_signals
     from service.logs import configure_logging, get_logger
-    from service.node import open_node
+    from service.node import make_data_dir, open_node
     from service.records.outage import wait_for_records
 
     settings = load(config)
     configure_logging(settings.log_level, component=name)
     stop = stop_on_signals(supervised=supervised)
     if supervised:
-        stop_on_end_of(sys.stdin.buffer, stop)
+        # Without a buffer: a thread that waits in one keeps its lock, and the interpreter cannot end.
+        stop_on_end_of(FileIO(sys.stdin.fileno(), closefd=False), stop)
 
     def listening(port: int | None) -> None:
         get_logger(__name__).info("node.ready", port=port)
         if supervised:
             announce(name, port)
 
+    make_data_dir(settings.data_dir)
     if not wait_for_records(settings.records_url, stop):
         return
     with open_node(settings) as node:

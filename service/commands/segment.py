@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from models.errors import SegnodeError
 from service.commands.console import note, progress_bar, show_table, warn
+from service.commands.files import check_place
 from service.commands.outputs import replace_together
 from service.commands.settings import Config, cache_dir, load, models_of_node_or_cache
 
@@ -160,8 +161,7 @@ def _kind_of(output: Path, inputs: list[Path]) -> str:
     kind = next((kind for suffix, kind in _KINDS.items() if output.name.lower().endswith(suffix)), None)
     if kind is None:
         raise typer.BadParameter(f"{output.name} must end in .nii.gz or .dcm", param_hint="--output")
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+    check_place(output, "--output")
     if kind == "segmentation" and not _are_dicom(inputs):
         raise typer.BadParameter(
             "a SEG needs the DICOM series that it belongs to; NIfTI gives out.nii.gz", param_hint="--output"
@@ -174,8 +174,7 @@ def _check_measurements(path: Path, output: Path, inputs: list[Path]) -> None:
         raise typer.BadParameter(f"{path.name} must end in .dcm", param_hint="--measurements")
     if path.resolve() == output.resolve():
         raise typer.BadParameter(f"{path.name} is taken by --output", param_hint="--measurements")
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}", param_hint="--measurements")
+    check_place(path, "--measurements")
     if not _are_dicom(inputs):
         raise typer.BadParameter(
             "a DICOM SR needs the DICOM series that it belongs to; the volumes of NIfTI are printed",

@@ -46,8 +46,9 @@ _REFRESH_S = 10
 
 def build_console(app: FastAPI, state: ApiState) -> None:
     """Add the operator's page to the application of the interface."""
+    for path in ("/", PREFIX, f"{PREFIX}/"):  # as people type it; before the router, which takes any path
+        app.add_api_route(path, _beginning, include_in_schema=False)
     app.include_router(router)
-    app.add_api_route("/", _beginning, include_in_schema=False)
 
 
 def _beginning() -> RedirectResponse:

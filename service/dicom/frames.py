@@ -118,7 +118,7 @@ def _frame(instance: Instance, number: int, shared: Dataset | None, own: Dataset
             raise Refusal(
                 ReasonCode.INVALID_GEOMETRY,
                 f"{_upper(where)} has no usable {keyword} ({count} finite numbers are needed).",
-                remedy="Send a series whose images all state their place in the patient.",
+                remedy="Send a series whose images all state position, orientation and pixel spacing.",
             )
         return tuple(values)
 
@@ -151,7 +151,7 @@ def _scale(instance: Instance, shared: Dataset | None, own: Dataset | None) -> D
     """Where a frame states how its values are rescaled."""
     header = instance.header
     source = header if own is None else _group(shared, own, "PixelValueTransformationSequence")
-    if "ModalityLUTSequence" in header:
+    if raw(header, "ModalityLUTSequence"):  # some writers leave an empty one beside slope and intercept
         raise Refusal(
             ReasonCode.UNSUPPORTED_PIXELS,
             f"{_upper(instance.label)} maps its values through a Modality LUT, which is not supported.",

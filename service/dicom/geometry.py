@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from models.errors import ReasonCode, Refusal
 from models.volume import Affine
 from service.dicom.frames import Frame
-from service.dicom.volumes import told_apart
+from service.dicom.traits import text_of, trait
+from service.dicom.volumes import refuse_interleaved, separating_traits, told_apart
 
 _Floats = NDArray[np.float64]
 _LISTED = 5  # places named in one sentence
@@ -37,10 +38,11 @@ class GeometryPolicy:
     spacing_fraction : float
         Largest distance of a slice from its place on the regular grid, as a fraction of the spacing ...
     spacing_mm : float
-        ... and in millimetres; the smaller counts. Positions rounded to 0.1 mm are within both.
+        ... and in millimetres; the smaller counts. Positions rounded to 0.1 mm are within both where the
+        spacing is 1 mm or more.
     in_plane_mm : float
-        Largest sideways distance of a slice from the line through first and last slice, and of the last
-        from the normal through the first before the stack counts as tilted.
+        Largest sideways distance of a slice from the straight line that fits all of them best, and of that
+        line's end from the normal through its origin before the stack counts as tilted.
     duplicate_mm : float
         Slices closer than this lie at the same place.
     pixel_spacing_fraction : float
@@ -120,25 +122,36 @@ def regular_grid(
         some = "1 image" if len(frames) == 1 else f"{len(frames)} images"
         raise _not_a_volume(f"The series holds {some}; a volume needs at least {policy.minimum_slices}.")
 
-    step = (positions[-1] - positions[0]) / (len(frames) - 1)
-    tilt_degrees = _tilt_degrees(frames, positions, along, normal, policy)
-    _refuse_irregular(frames, along, policy)
-    grid = positions[0] + np.arange(len(frames))[:, None] * step
-    offset = positions - grid
+    origin, step = _straight_line(positions)
+    tilt_degrees = _tilt_degrees(frames, step, along, normal, policy)
+    offset = positions - (origin + np.arange(len(frames))[:, None] * step)
+    _refuse_irregular(frames, along, offset @ normal, policy)
     sideways = float(np.linalg.norm(offset - np.outer(offset @ normal, normal), axis=1).max())
     if sideways > policy.in_plane_mm:
         raise Refusal(
             ReasonCode.INVALID_GEOMETRY,
-            f"Slices are shifted sideways by up to {sideways:.2f} mm against each other.",
+            f"Slices are shifted sideways by up to {sideways:.2f} mm from the straight line that fits best.",
             remedy="Send a series that was reconstructed as one straight stack.",
         )
 
+    refuse_interleaved(frames)
     affine = np.eye(4)
     affine[:3, 0] = row * between_columns
     affine[:3, 1] = column * between_rows
     affine[:3, 2] = step
-    affine[:3, 3] = positions[0]
+    affine[:3, 3] = origin
     return Grid(tuple(frames), affine, (len(frames), rows, columns), tilt_degrees)
+
+
+def _straight_line(positions: _Floats) -> tuple[_Floats, _Floats]:
+    """Origin and step of the equidistant points that lie nearest to the positions, by least squares.
+
+    First and last position alone would hand their own rounding on to all that lie between them.
+    """
+    offsets = positions - positions[0]  # what all have in common stays exact
+    index = np.arange(len(positions)) - (len(positions) - 1) / 2
+    step = index @ offsets / (index @ index)
+    return positions[0] + offsets.mean(axis=0) + index[0] * step, step
 
 
 def _directions(frames: Sequence[Frame], policy: GeometryPolicy) -> tuple[_Floats, _Floats, _Floats]:
@@ -158,12 +171,14 @@ def _directions(frames: Sequence[Frame], policy: GeometryPolicy) -> tuple[_Float
         )
     angle = max(_largest_angle_degrees(rows), _largest_angle_degrees(columns))
     if angle > policy.orientation_degrees:
-        kinds = len(np.unique(np.round(np.hstack([rows, columns]), 2), axis=0))
+        kinds, group = np.unique(np.round(np.hstack([rows, columns]), 2), axis=0, return_inverse=True)
+        by = separating_traits(frames, group.tolist())
         raise Refusal(
             ReasonCode.MIXED_ORIENTATION,
-            f"The images lie in {max(kinds, 2)} orientations that differ by up to {angle:.1f} degrees, "
-            "as those of a localizer do.",
-            remedy="Route a series whose slices are parallel.",
+            f"The images lie in {max(len(kinds), 2)} orientations that differ by up to {angle:.1f} degrees, "
+            f"as those of a localizer do{', told apart by ' + ' or by '.join(by) if by else ''}.",
+            remedy="Route a series whose slices are parallel"
+            + (f", or have the route take one stack (volume: {{by: {by[0]}, equals: ...}})." if by else "."),
         )
     row = rows[0] / np.linalg.norm(rows[0])
     normal = np.cross(row, columns[0])
@@ -222,16 +237,18 @@ def _refuse_repeated(frames: Sequence[Frame], along: _Floats, policy: GeometryPo
         ReasonCode.DUPLICATE_POSITIONS,
         f"{int((counts > 1).sum())} of {len(starts)} positions hold more than one image ({places} mm"
         f"{' and others' if (counts > 1).sum() > _LISTED else ''}){by}.",
-        remedy="Route a series with one image at every position, or remove the repeated images.",
+        remedy="Route a series with one image at every position"
+        + (", have the route take one volume (volume: {by: ..., take: first})," if by else ",")
+        + " or remove the repeated images.",
     )
 
 
 def _tilt_degrees(
-    frames: Sequence[Frame], positions: _Floats, along: _Floats, normal: _Floats, policy: GeometryPolicy
+    frames: Sequence[Frame], step: _Floats, along: _Floats, normal: _Floats, policy: GeometryPolicy
 ) -> float:
     """The angle between the normal and the line through the slices; 0 where it is within tolerance."""
-    run = positions[-1] - positions[0]
-    height = along[-1] - along[0]
+    run = step * (len(frames) - 1)
+    height = run @ normal
     sideways_mm = float(np.linalg.norm(run - height * normal))
     angle = float(np.degrees(np.arctan2(sideways_mm, height)))
     if angle <= policy.tilt_degrees or sideways_mm <= policy.in_plane_mm:  # so much is made by rounding
@@ -249,12 +266,22 @@ def _tilt_degrees(
     return angle
 
 
-def _refuse_irregular(frames: Sequence[Frame], along: _Floats, policy: GeometryPolicy) -> None:
+def _refuse_irregular(
+    frames: Sequence[Frame], along: _Floats, off_grid: _Floats, policy: GeometryPolicy
+) -> None:
     count = len(along)
     spacing = float(along[-1] - along[0]) / (count - 1)
-    off_grid = float(np.abs(along - (along[0] + spacing * np.arange(count))).max())
-    if off_grid <= min(policy.spacing_fraction * spacing, policy.spacing_mm):
+    if float(np.abs(off_grid).max()) <= min(policy.spacing_fraction * spacing, policy.spacing_mm):
         return
+    stacks = {trait(frame, "StackID") for frame in frames}
+    if len(stacks) > 1:
+        raise Refusal(
+            ReasonCode.VARYING_SPACING,
+            f"The images state {len(stacks)} stacks, and together they are not equidistant: the distance "
+            f"varies from {np.diff(along).min():.3f} to {np.diff(along).max():.3f} mm.",
+            remedy="Send a series of one stack, or have the route take one (volume: {by: StackID, equals: "
+            f"'{min(text_of(stack) for stack in stacks if stack)}'}}).",
+        )
     missing = _missing_places(along, policy)
     if missing:
         places = ", ".join(f"{place:.2f}" for place in missing[:_LISTED])

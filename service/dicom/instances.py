@@ -10,7 +10,12 @@ from typing import BinaryIO
 
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
+from pydicom.filereader import (
+    _read_file_meta_info,
+    data_element_generator,
+    read_dataset,
+    read_preamble,
+)
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
@@ -90,18 +95,20 @@ class Instance:
             UNREADABLE where the element cannot be read.
         """
         assert self.pixels_at is not None, "this instance has no pixel data"
-        implicit = self.transfer_syntax == ImplicitVRLittleEndian
-        little = self.transfer_syntax != ExplicitVRBigEndian
+        # As the header was found to be written. To guess it anew here would fail: in implicit VR the length
+        # of the pixels stands where an explicit VR has its two letters, and some lengths look like letters.
+        implicit, little = self.header.original_encoding
         try:
             with _opened(self.path, self.inflated) as stream, quiet():
                 stream.seek(self.pixels_at)
-                rest = read_dataset(stream, implicit, little, stop_when=_after_pixels)
-                element = rest.get_item("PixelData") if "PixelData" in rest else None
+                for element in data_element_generator(
+                    stream, bool(implicit), bool(little), stop_when=_after_pixels
+                ):
+                    if element.tag == _PIXELS[-1] and isinstance(element.value, bytes):
+                        return element.value, element.VR
         except PARSE_ERRORS as error:
             raise _unreadable(self.label) from error
-        if element is None or not isinstance(element.value, bytes):
-            raise _unreadable(self.label)
-        return element.value, element.VR
+        raise _unreadable(self.label)
 
 
 def read_instance(path: Path, ordinal: int, *, limit_bytes: int) -> Instance:

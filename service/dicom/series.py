@@ -129,8 +129,8 @@ def read_series(
     warnings: list[str] = []
     images = images_of(instances, non_image=policy.non_image, warnings=warnings)
     identity = _one_identity(images, policy)
-    frame_of_reference_uid = _one_frame_of_reference(images)
     images = without_localizers(without_copies(images, warnings), warnings)
+    frame_of_reference_uid = _one_frame_of_reference(images)  # scouts may lie in one of their own
     refuse_mosaics(images)
     refuse_incomplete(images)
 
@@ -197,11 +197,17 @@ def _one_identity(images: list[Instance], policy: GeometryPolicy) -> Identity:
 
 
 def _one_frame_of_reference(images: list[Instance]) -> str | None:
-    uids = {uid(image.header, "FrameOfReferenceUID") for image in images}
-    if len(uids) > 1:
+    uids = [uid(image.header, "FrameOfReferenceUID") for image in images]
+    named = {each for each in uids if each is not None}
+    if len(set(uids)) > 1:
+        which = (
+            f"{uids.count(None)} of {len(uids)} images name no frame of reference, and the others do"
+            if len(named) == 1
+            else f"The images lie in {len(named)} frames of reference"
+        )
         raise Refusal(
             ReasonCode.NOT_A_VOLUME,
-            f"The images lie in {len(uids)} frames of reference: their positions cannot be compared.",
+            f"{which}: their positions cannot be compared.",
             remedy="Route a series that holds one stack of parallel slices.",
         )
-    return uids.pop()
+    return uids[0]

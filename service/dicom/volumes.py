@@ -24,6 +24,16 @@ _PARALLEL = 0.999  # cosine between the normals of images whose positions are co
 _LISTED = 6
 _DATE = 8  # characters of a date before its time
 _RELATIVE = 1e-6  # between two decimal spellings of one number
+_ONE_NOMINAL = 0.05  # relative: values this near are one setting, as each pass of an acquisition realised it
+_ONE_CONTRAST = (  # what has one value throughout a volume, in whatever order its slices were acquired
+    "EchoTime",
+    "EchoNumbers",
+    "DiffusionBValue",
+    "ImageType",
+    "ComplexImageComponent",
+    "ConvolutionKernel",
+    "KVP",
+)
 
 
 def pick_volume(frames: Sequence[Frame], rule: VolumeRule) -> tuple[list[Frame], str | None]:
@@ -89,6 +99,45 @@ def told_apart(frames: Sequence[Frame], places: NDArray[np.intp], count: int) ->
     if clean:
         return f", told apart by {' or by '.join(clean[:3])}"
     return f"; they differ in {', '.join(differing)}" if differing else ""
+
+
+def refuse_interleaved(frames: Sequence[Frame]) -> None:
+    """Raise Refusal (MULTI_VOLUME) where volumes of several contrasts lie between each other's slices.
+
+    Two echoes or kernels that are shifted by half a spacing look like one regular stack of half of it.
+
+    Parameters
+    ----------
+    frames : sequence of Frame
+        In the order of their positions along the normal.
+    """
+    for name in _ONE_CONTRAST:
+        values = [trait(frame, name) for frame in frames]
+        kinds = sorted(set(values), key=_order)
+        count = len(kinds)
+        numbers = [kind for kind in kinds if isinstance(kind, float)]
+        if None in kinds or not 1 < count <= len(values) // 2:
+            continue
+        if numbers and max(numbers) - min(numbers) <= _ONE_NOMINAL * max(numbers):
+            continue
+        if len(set(values[:count])) == count and values[count:] == values[:-count]:
+            raise Refusal(
+                ReasonCode.MULTI_VOLUME,
+                f"From slice to slice {name} takes turns ({_listed(kinds)}): the images are those of {count} "
+                "volumes, each of them shifted against the others.",
+                remedy="Route a series that holds one volume (one phase, echo, time point or contrast).",
+            )
+
+
+def separating_traits(frames: Sequence[Frame], groups: Sequence[int]) -> list[str]:
+    """The attributes that have one value in each group of frames, and another in every other group."""
+    found = []
+    for name in differing_traits(frames):
+        values = [trait(frame, name) for frame in frames]
+        pairs = set(zip(values, groups, strict=True))
+        if None not in values and len(pairs) == len(set(values)) == len(set(groups)):
+            found.append(name)
+    return found
 
 
 def _choose(stated: Sequence[Trait], rule: VolumeRule) -> set[Trait]:

@@ -196,6 +196,18 @@ def test_a_process_that_cannot_start_is_a_failure_of_the_attempt(
     started.end()
 
 
+def test_a_process_whose_model_cannot_be_opened_says_so_and_ends_in_good_order(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    started = InferenceProcess(opening(bundle, tmp_path).model_copy(update={"digest": "sha256:" + 64 * "0"}))
+    answer = started.next_answer(timeout_s=60)
+    assert isinstance(answer, Failed)
+    assert "not sha256:000" in answer.message
+    wait_until(lambda: started._process.poll() is not None)
+    assert started._process.returncode == 1  # and not aborted by the interpreter
+    started.end()
+
+
 def test_what_libraries_print_does_not_reach_the_worker(tmp_path: Path) -> None:
     program = (
         "import os\nfrom service.child import _take_standard_output\n"

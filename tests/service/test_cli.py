@@ -23,6 +23,7 @@ from pydicom import dcmread
 from storage_scp import StorageScp
 
 from models.bundle import Bundle
+from service.errors import SettingsError
 from service.settings import load_settings
 
 TILTED = AFFINE @ np.array([[1, 0, 0, 0], [0, 1, 0.4, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
@@ -313,3 +314,25 @@ def test_the_example_configuration_is_one() -> None:
     settings = load_settings(example)
     assert [route.destinations for route in settings.routes] == [("pacs",)]
     assert settings.dicom.peers[0].ae_title == settings.destinations[0].ae_title == "PACS"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("http: {prot: 1}", "http.prot: there is no such key, did you mean port"),
+        (
+            "routes: [{name: a, model: m, match: {Modality: MR}, quiet_tim_s: 3}]",
+            "routes.0.quiet_tim_s: there is no such key, did you mean quiet_time_s",
+        ),
+        ("zzzzzz: 1", "zzzzzz: there is no such key\n"),
+        ("http: {port: 1}\nroutes: [\n  - a", "is not YAML from line 3, column 3 on: "),
+    ],
+)
+def test_a_configuration_that_is_misspelt_is_told_in_words_that_help(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "node.yaml").write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / "node.yaml")
+    assert said in f"{caught.value.message}\n"
+    assert "string>" not in caught.value.message

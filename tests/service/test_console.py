@@ -470,3 +470,9 @@ def test_two_processes_of_a_node_share_the_sessions(operator: Browser, api: ApiH
     elsewhere.cookie = operator.cookie
     assert elsewhere.get("queue").status_code == 200
     assert not (api.settings.data_dir / "console.secret").exists()
+
+
+@pytest.mark.parametrize("address", ["/", "/console", "/console/"])
+def test_what_people_type_leads_to_the_queue(browser: Browser, address: str) -> None:
+    answer = browser.api.get(address, key=None)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/console/queue")

@@ -37,7 +37,7 @@ def registry(tmp_path: Path) -> Registry:
 
 def settings(tmp_path: Path, **changes: Any) -> Settings:
     """A configuration in which nothing is wrong."""
-    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data").mkdir(mode=0o700, exist_ok=True)
     values: dict[str, Any] = {
         "data_dir": tmp_path / "data",
         "dicom": {"port": 0, "peers": [{"ae_title": "PACS"}]},

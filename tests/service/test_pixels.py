@@ -51,6 +51,14 @@ def test_every_transfer_syntax(tmp_path: Path, syntax: str, dtype: Any, bits: in
     assert np.corrcoef(read.ravel(), image.ravel())[0, 1] > 0.999
 
 
+def test_the_length_of_implicit_pixels_may_look_like_the_letters_of_a_vr(tmp_path: Path) -> None:
+    image = np.arange(3 * 33 * 257).reshape(3, 33, 257).astype(np.int16)
+    assert image[0].nbytes.to_bytes(2, "little") == b"BB"
+    implicit = "1.2.840.10008.1.2"
+    paths = write_classic_series(tmp_path, image, oblique_affine(), transfer_syntax=implicit)
+    np.testing.assert_array_equal(read_series(paths).volume.array[0], image)
+
+
 @pytest.mark.parametrize("syntax", [".4.57", ".4.70", ".4.51", ".4.80", ".4.90", ".4.201", "", ".1", ".5"])
 def test_signed_twelve_bit_values(tmp_path: Path, syntax: str) -> None:
     """The sign stands in bit 11: codecs without signs return it as 2048 and more."""

@@ -50,6 +50,20 @@ def test_what_is_right_passes(tmp_path: Path, source: SourceSeries, labelmap: La
     prove_segmentation(write(tmp_path, source, labelmap), source, labelmap, phantom_manifest())
 
 
+@pytest.mark.parametrize("decimals", [3, 4, 6])
+def test_cosines_that_a_vendor_rounded_pass(tmp_path: Path, decimals: int) -> None:
+    """Across half a metre, cosines of three decimals are off by more than any tolerance in millimetres."""
+
+    def rounded(dataset: Dataset, z: int) -> None:
+        cosines = [f"{float(v):.{decimals}f}" for v in dataset.ImageOrientationPatient]
+        dataset.ImageOrientationPatient = cosines
+
+    affine = oblique_affine((45.0, 45.0, 2.0))
+    source = read_series(write_classic_series(tmp_path / "series", chiral_image(), affine, edit=rounded))
+    labelmap = Labelmap(chiral_labels(), source.volume.affine, source.frame_of_reference_uid)
+    prove_segmentation(write(tmp_path, source, labelmap), source, labelmap, phantom_manifest())
+
+
 # --- faults of the writer, planted in it --------------------------------------------------------------
 
 
@@ -196,6 +210,14 @@ def _frame(dataset: Dataset, number: int = 0) -> Dataset:
     return dataset.PerFrameFunctionalGroupsSequence[number]
 
 
+def _turned(dataset: Dataset) -> None:
+    """By less than a twentieth of a millimetre at the far corner, which no tolerance in millimetres sees."""
+    (plane,) = dataset.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    cosines = np.array(plane.ImageOrientationPatient, float)
+    cosines[3:] += 1e-3 * cosines[:3]
+    plane.ImageOrientationPatient = [f"{c:.12f}" for c in cosines]
+
+
 def _drop_frame(dataset: Dataset) -> None:
     dataset.PerFrameFunctionalGroupsSequence = dataset.PerFrameFunctionalGroupsSequence[:-1]
 
@@ -237,6 +259,13 @@ FILE_FAULTS: dict[str, tuple[Callable[[Dataset], Any], str]] = {
     "a frame's position": (
         lambda d: setattr(_frame(d).PlanePositionSequence[0], "ImagePositionPatient", [0, 0, 0]),
         "mm away from every slice",
+    ),
+    "the orientation": (_turned, "frame 1 does not state the orientation"),
+    "the pixel spacing": (
+        lambda d: setattr(
+            d.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0], "PixelSpacing", ["1.11", "0.9"]
+        ),
+        "do not lie along",
     ),
     "segments that overlap": (_overlap, "overlaps another segment"),
     "a frame twice": (_repeat_frame, "wrongly or once more"),

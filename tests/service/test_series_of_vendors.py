@@ -20,6 +20,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from models.errors import ReasonCode, Refusal
 from service.dicom.series import SourceSeries, read_series
+from service.reading import VolumeRule
 
 AXIAL = np.diag([1.5, 1.5, 3.0, 1.0])
 IMAGE = chiral_image()
@@ -84,6 +85,22 @@ def test_directions_and_positions_may_be_rounded_slice_by_slice(tmp_path: Path) 
     np.testing.assert_allclose(source.volume.affine, affine, atol=0.06)
 
 
+def test_tenths_of_a_millimetre_shift_and_refuse_no_oblique_stack(tmp_path: Path) -> None:
+    """First and last position are rounded like all others: the grid is that which fits all of them."""
+    image = chiral_image((60, 3, 4))
+    affine = oblique_affine((1.0, 1.0, 1.1))
+
+    def rounded(dataset: Dataset, z: int) -> None:
+        dataset.ImagePositionPatient = [f"{float(v):.1f}" for v in dataset.ImagePositionPatient]
+
+    for case in range(4):
+        affine[:3, 3] = 7.77 * case, -81.33 * case, 12.34
+        source = read_series(write_classic_series(tmp_path / str(case), image, affine, edit=rounded))
+        np.testing.assert_array_equal(source.volume.array[0], image)
+        np.testing.assert_allclose(source.volume.affine[:3, 2], affine[:3, 2], atol=5e-4)
+        np.testing.assert_allclose(source.volume.affine[:3, 3], affine[:3, 3], atol=0.02)
+
+
 def test_rounded_positions_of_a_thin_stack_are_no_gantry_tilt(tmp_path: Path) -> None:
     def rounded(dataset: Dataset, z: int) -> None:
         dataset.ImagePositionPatient = ["0", ("0", "0", "0.1")[z], f"{0.5 * z}"]
@@ -107,6 +124,71 @@ def test_a_localizer_without_orientation_inside_the_series_is_left_out(tmp_path:
     assert_is_the_phantom(source)
     assert source.warnings == ("Left out: 1 of 8 objects, which hold no plane.",)
     assert refusal(scout).reason is ReasonCode.NOT_A_VOLUME
+
+
+def _nearly_one_echo_time(dataset: Dataset, z: int) -> None:
+    dataset.EchoTime = ("84.9", "85.1")[z % 2]
+
+
+def _passes(dataset: Dataset, z: int) -> None:
+    dataset.AcquisitionNumber, dataset.AcquisitionTime = z % 2 + 1, f"12000{z % 2}"
+
+
+@pytest.mark.parametrize("acquire", [_nearly_one_echo_time, _passes])
+def test_a_volume_may_be_acquired_in_two_passes(tmp_path: Path, acquire: Any) -> None:
+    assert_is_the_phantom(read_series(write_classic_series(tmp_path, IMAGE, AXIAL, edit=acquire)))
+
+
+@pytest.mark.parametrize("frame_of_reference", ["2.25.99", ""])
+def test_a_localizer_may_lie_in_another_frame_of_reference(tmp_path: Path, frame_of_reference: str) -> None:
+    paths = write_classic_series(tmp_path / "s", IMAGE, AXIAL)
+    scout = write_classic_series(
+        tmp_path / "scout",
+        IMAGE[:1],
+        AXIAL,
+        frame_of_reference_uid=frame_of_reference,
+        edit=lambda d, z: setattr(d, "SOPInstanceUID", make_uid("scout")),
+        ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
+        ImageOrientationPatient=["0", "1", "0", "0", "0", "-1"],
+    )
+    source = read_series([*scout, *paths])
+    assert_is_the_phantom(source)
+    assert source.frame_of_reference_uid == dcmread(paths[0]).FrameOfReferenceUID
+
+
+def test_images_of_another_orientation_are_told_apart(tmp_path: Path) -> None:
+    paths = write_classic_series(tmp_path / "s", IMAGE, AXIAL)
+    projection = write_classic_series(
+        tmp_path / "mip",
+        IMAGE[:1],
+        AXIAL,
+        edit=lambda d, z: setattr(d, "SOPInstanceUID", make_uid("mip")),
+        ImageType=["DERIVED", "SECONDARY", "PROJECTION IMAGE"],
+        ImageOrientationPatient=["1", "0", "0", "0", "0", "-1"],
+    )
+    error = refusal([*paths, *projection])
+    assert error.reason is ReasonCode.MIXED_ORIENTATION
+    assert "told apart by ImageType" in error.message
+    assert error.remedy is not None
+    assert "by: ImageType" in error.remedy
+    rule = VolumeRule.parse("ImageType=ORIGINAL")
+    assert_is_the_phantom(read_series([*paths, *projection], volume=rule))
+
+
+def test_stacks_that_lie_apart_are_named_as_stacks(tmp_path: Path) -> None:
+    def second_stack(dataset: Dataset) -> None:
+        for frame in dataset.PerFrameFunctionalGroupsSequence[4:]:
+            frame.FrameContentSequence[0].StackID = "2"
+            x, y, z = frame.PlanePositionSequence[0].ImagePositionPatient
+            frame.PlanePositionSequence[0].ImagePositionPatient = [x, y, z + 51]
+
+    paths = write_enhanced_series(tmp_path, IMAGE, AXIAL, edit=second_stack)
+    error = refusal(paths)
+    assert error.reason is ReasonCode.VARYING_SPACING
+    assert "2 stacks" in error.message
+    assert error.remedy is not None
+    assert "StackID, equals: '1'" in error.remedy
+    assert_is_the_phantom(read_series(paths, volume=VolumeRule.parse("StackID=1")), IMAGE[:4])
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
@@ -251,6 +333,11 @@ def test_a_spectral_map_is_no_ct(tmp_path: Path, kind: str, is_read: bool) -> No
             error = refusal(paths)
             assert error.reason is ReasonCode.INVALID_VALUES
             assert kind in error.message
+
+
+def test_an_empty_table_of_values_is_none(tmp_path: Path) -> None:
+    paths = write_classic_series(tmp_path, IMAGE, AXIAL, ModalityLUTSequence=[], RescaleSlope="2")
+    assert_is_the_phantom(read_series(paths), IMAGE * 2)
 
 
 def test_monochrome1_is_not_inverted_and_is_told(tmp_path: Path) -> None:

@@ -84,6 +84,18 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Path]], ReasonCode, str]] = {
         ReasonCode.MULTI_VOLUME,
         "2 images at each of 7 positions, told apart by EchoTime (3, 90)",
     ),
+    "echoes between each other": (
+        lambda f: series(f, edit=lambda d, z: setattr(d, "EchoTime", ("3", "90")[z % 2])),
+        ReasonCode.MULTI_VOLUME,
+        "EchoTime takes turns (3, 90): the images are those of 2 volumes",
+    ),
+    "kernels between each other": (
+        lambda f: series(
+            f, modality="CT", edit=lambda d, z: setattr(d, "ConvolutionKernel", ("B20", "B50", "B80")[z % 3])
+        ),
+        ReasonCode.MULTI_VOLUME,
+        "those of 3 volumes",
+    ),
     "cine": (
         lambda f: with_change(f, list(range(7)), at(5)),
         ReasonCode.NOT_A_VOLUME,
@@ -151,12 +163,17 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Path]], ReasonCode, str]] = {
     "slices shifted sideways": (
         lambda f: with_change(f, [3], lambda d: setattr(d, "ImagePositionPatient", ["2", "0", "9"])),
         ReasonCode.INVALID_GEOMETRY,
-        "sideways by up to 2.00 mm",
+        "sideways by up to 1.71 mm from the straight line",
     ),
     "two frames of reference": (
         lambda f: with_change(f, [3], lambda d: setattr(d, "FrameOfReferenceUID", "2.25.8")),
         ReasonCode.NOT_A_VOLUME,
         "2 frames of reference",
+    ),
+    "a slice without frame of reference": (
+        lambda f: with_change(f, [3], lambda d: d.pop("FrameOfReferenceUID")),
+        ReasonCode.NOT_A_VOLUME,
+        "1 of 7 images name no frame of reference",
     ),
     "colour": (
         lambda f: series(f, PhotometricInterpretation="RGB", SamplesPerPixel=3),
