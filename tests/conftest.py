@@ -14,7 +14,7 @@ from service.records.migrate import upgrade
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each has its share of the cores; torch and OpenMP would take all
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has its share of the cores; OpenMP would take all of them
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     config.addinivalue_line("markers", "both_engines: runs with the records on SQLite and on PostgreSQL")
 

@@ -16,7 +16,7 @@ from models.registry import Registry
 STUDIES = 20
 OBJECTS = 2 * STUDIES  # a segmentation and a report each
 # Longer than a sender needs to come back to a series after the receiver was killed under it.
-QUIET_TIME_S = {"receive": 20.0}
+QUIET_TIME_S = {"receive": 40.0}
 
 
 @pytest.fixture(scope="module")

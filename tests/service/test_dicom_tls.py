@@ -335,6 +335,9 @@ def test_a_server_that_is_not_the_one_is_not_talked_to(
         assert pacs.objects == []
 
 
+@pytest.mark.filterwarnings(  # of pynetdicom's server, which may be told to abort what it is closing
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
 def test_a_server_without_tls_is_not_talked_to(authority: Authority, scanner: Pair, tmp_path: Path) -> None:
     with StorageScp(ae_title="SEGNODE") as pacs:
         to = destination(pacs.port, authority, scanner).model_copy(update={"timeout_s": 2.0})

@@ -4,13 +4,14 @@
 #   MAPS         folder with training_label_maps/ and labels_classes_priors/ (20 maps; SynthSeg's repository)
 #   SCANS        folder whose NIfTI files and DICOM series are real scans to look at; may be empty
 #   WORK_FOLDER  where everything goes; a run that was stopped goes on from its last epoch
-#   SPACING      2mm  the student that ships (the default): without a teacher, in five parts, each from the
-#                     weights of the one before
+#   SPACING      2mm  the student that ships (the default): without a teacher, channels in multiples of 16,
+#                     in four parts, each from the weights of the one before
 #                4mm  teacher, none, logits and DCD side by side, as far as a CPU can take them
 #                1mm  the same on a GPU
 #   RECIPE       which runs instead, by their names in training/recipes
 # START=FOLDER goes on from a trained student: START=training/results/brain-structures/student reproduce.sh
-# MAPS SCANS WORK_FOLDER 2mm brain-none-wider-2mm is the shipped student with 1,200 iterations more.
+# MAPS SCANS WORK_FOLDER 2mm brain-none-1of4by16-2mm-more is the shipped student with 2,500 iterations more, and
+# with brain-none-2mm-wider instead it is a student of more channels that goes on from it.
 # CHECKPOINT=best makes the bundle of the best epoch so far (while a run goes on, too: TRAIN=no).
 # RECIPES=FOLDER takes recipes of the same names from elsewhere. VERSION is the bundles' version: give a new one
 # to a bundle that leaves this machine. Nothing outside of WORK_FOLDER is written.
@@ -20,7 +21,7 @@ maps=$1 scans=$2 work=$3 spacing=${4:-2mm}
 if [ $# -gt 4 ]; then
     shift 4
 elif [ "$spacing" = 2mm ]; then
-    set -- brain-none-wider-2mm
+    set -- brain-none-1of4by16-2mm-more
 else
     set -- "brain-teacher-$spacing" "brain-none-1of4-$spacing" "brain-logits-1of4-$spacing" \
         "brain-dcd-1of4-$spacing" "brain-dcd-logits-1of4-$spacing"
@@ -58,12 +59,13 @@ for recipe in "$@"; do
         if [ -z "$start" ] && [ "$spacing" = 4mm ]; then
             coarse
             start=$(found "$work/brain-none-1of4by16-4mm")
-        elif [ -z "$start" ] && [ "$recipe" = brain-none-wider-2mm ]; then
+        elif [ -z "$start" ] && [ "$recipe" = brain-none-1of4by16-2mm-more ]; then
             coarse
             part brain-none-1of4by16-2mm-short "$plans" "$(found "$work/brain-none-1of4by16-4mm")"
             part brain-none-1of4by16-2mm-last "$plans" "$(found "$work/brain-none-1of4by16-2mm-short")"
-            part brain-none-1of4by16-2mm-more "$plans" "$(found "$work/brain-none-1of4by16-2mm-last")"
-            start=$(found "$work/brain-none-1of4by16-2mm-more")
+            start=$(found "$work/brain-none-1of4by16-2mm-last")
+        elif [ -z "$start" ] && [ "$recipe" = brain-none-2mm-wider ]; then
+            start=$here/student
         fi
         part "$recipe" "$from" "$start"
     fi
