@@ -81,7 +81,8 @@ def test_channels_are_stacked_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not nifti", gzip.compress(b"no"), b"\x1f\x8b broken"],
+    [b"", b"not nifti", gzip.compress(b"no", mtime=0), b"\x1f\x8b broken"],
+    ids=["nothing", "text", "gzip of text", "broken gzip"],
 )
 def test_what_is_not_nifti_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "patient-name.nii.gz"
