@@ -135,11 +135,11 @@ def test_a_drip_on_a_connection_that_was_good_before_is_cut_off_too(port: int) -
 )
 def test_what_is_not_http_is_a_bad_request_and_the_server_lives(port: int, request_bytes: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port)) as client:
-        client.sendall(request_bytes)
-        client.shutdown(socket.SHUT_WR)
         try:
+            client.sendall(request_bytes)
+            client.shutdown(socket.SHUT_WR)
             answer = read_to_end(client)
-        except ConnectionResetError:
-            answer = b""  # closed before everything was read
+        except OSError:
+            answer = b""  # closed before everything was read, or even sent
         assert answer[:10] in (b"", b"HTTP/1.1 4"), answer
     assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
