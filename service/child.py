@@ -25,6 +25,7 @@ from models.bundle import Bundle
 from models.errors import BundleError, Refusal, SegnodeError
 from models.segmenter import Progress, Segmenter
 from service import pipeline
+from service.lifetime import standard_input
 from service.logs import configure_logging, get_logger
 from service.protocol import (
     Advance,
@@ -47,8 +48,7 @@ def main() -> int:
     answers = _take_standard_output()
     configure_logging(component="inference")
     _be_first_when_memory_runs_out()
-    # Not sys.stdin itself: a thread that waits in it keeps its lock, and the interpreter could not end.
-    lines = _read_lines(open(sys.stdin.fileno(), "rb", closefd=False))  # noqa: SIM115 - for good
+    lines = _read_lines(standard_input())
 
     def say(answer: Ready | Advance | Succeeded | Refused | Failed) -> None:
         answers.write(answer.to_line())

@@ -21,6 +21,14 @@ def stop_on_signals(*, supervised: bool = False) -> threading.Event:
     return stop
 
 
+def standard_input() -> BinaryIO:
+    """Standard input for a thread to wait in, until the process ends.
+
+    Not ``sys.stdin``: who waits in that keeps its buffer's lock, and the interpreter cannot end.
+    """
+    return open(sys.stdin.fileno(), "rb", closefd=False)
+
+
 def stop_on_end_of(stream: BinaryIO, stop: threading.Event) -> None:
     """Set ``stop`` when a stream ends: the pipe from a parent does so however the parent dies."""
 

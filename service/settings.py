@@ -342,16 +342,10 @@ def load_settings(path: Path | None = None) -> Settings:
                 f"The configuration {path} cannot be read: {error.strerror}.",
                 remedy="Give the path of a YAML file that the node's user may read.",
             ) from error
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            where = "" if mark is None else f" from line {mark.line + 1}, column {mark.column + 1} on"
-            raise SettingsError(
-                f"The configuration {path} is not YAML{where}: {error.problem or error.context}.",
-                remedy="Correct the file and start again.",
-            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SettingsError(
-                f"The configuration {path} is not YAML: {error}.", remedy="Correct the file and start again."
+                f"The configuration {path} is not YAML{_where_and_why(error)}.",
+                remedy="Correct the file and start again.",
             ) from error
         if not isinstance(values, dict):
             raise SettingsError(
@@ -368,6 +362,14 @@ def load_settings(path: Path | None = None) -> Settings:
             f"{len(lines)} error(s) in the configuration{f' {path}' if path else ''}:\n" + "\n".join(lines),
             remedy="\nCorrect them and start again.",
         ) from error
+
+
+def _where_and_why(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f": {error}"
+    mark = error.problem_mark
+    where = "" if mark is None else f" from line {mark.line + 1}, column {mark.column + 1} on"
+    return f"{where}: {error.problem or error.context}"
 
 
 def _in_plain_words(error: ErrorDetails) -> str:

@@ -315,8 +315,12 @@ def _build(
     torch.manual_seed(training.seed)
     student = build_network(settings, teacher.n_channels, teacher.classes.n_outputs, deep_supervision=True)
     if start is not None:
-        images = (toolbox.to_device(batch).images.cpu() for batch in toolbox.loaders()[1])
-        start_from(student, plans, teacher.dataset_json, teacher.configuration, start, images)
+
+        def images() -> Iterator[torch.Tensor]:  # most starts need none, and loaders start processes
+            for batch in toolbox.loaders()[1]:
+                yield toolbox.to_device(batch).images.cpu()
+
+        start_from(student, plans, teacher.dataset_json, teacher.configuration, start, images())
     activation: Literal["softmax", "sigmoid"] = "sigmoid" if toolbox.has_regions else "softmax"
     channels = Channels(tuple(student_features), tuple(teacher.features))
     lesson = Lesson(student, recipe.distillation, channels, toolbox.loss(), activation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from training.recipe import Published, Recipe
 from training.student import (
     build_network,
     count_parameters,
-    given_features,
     residual_encoder,
     scaled_features,
 )
@@ -41,17 +39,17 @@ def dry_run(recipe: Recipe) -> Checked:
             f"Recipe {recipe.name!r} says nothing of published networks.",
             remedy="Add 'published:' to it, or run segnode-train plan on the teacher's folder.",
         )
+    student = recipe.student
+    planned = list(published.features)
     counted = []
-    for what, width, printed in (
-        ("teacher", Fraction(1), published.teacher_millions),
-        ("student", recipe.student.width, published.student_millions),
+    for what, features, printed in (
+        ("teacher", planned, published.teacher_millions),
+        (
+            "student",
+            scaled_features(planned, student.width, student.round_to, student.channels),
+            published.student_millions,
+        ),
     ):
-        if what == "student" and recipe.student.channels is not None:
-            features = given_features(list(published.features), recipe.student.channels)
-        else:
-            features = scaled_features(
-                list(published.features), width, recipe.student.round_to if width < 1 else None
-            )
         with torch.device("meta"):
             network = build_network(_configuration(published, features), published.inputs, published.outputs)
         digits = len(printed.partition(".")[2])

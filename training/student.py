@@ -21,16 +21,25 @@ from training.errors import StudentError
 from training.plans import Plans, resolve_configuration
 
 
-def scaled_features(features: list[int], width: Fraction, round_to: int | None = None) -> list[int]:
+def scaled_features(
+    features: list[int],
+    width: Fraction,
+    round_to: int | None = None,
+    channels: Sequence[int] | None = None,
+) -> list[int]:
     """Channels of each stage: round(width * f), then up to a multiple of ``round_to`` where that is given.
 
-    Halves go to the even neighbour, as Python rounds. A stage never gets wider than the teacher's.
+    Halves go to the even neighbour, as Python rounds. A stage never gets wider than the teacher's. Where
+    ``channels`` are given they are taken as they are.
 
     Raises
     ------
     StudentError
-        If the width is not in (0, 1], or a stage would be left without a channel.
+        If the width is not in (0, 1], a stage would be left without a channel, or the channels given do not
+        fit the stages.
     """
+    if channels is not None:
+        return _given_features(features, channels)
     if not 0 < width <= 1:
         raise StudentError(
             f"A student's width must be over 0 and at most 1, not {width}.", remedy="Give 1/2, 1/4 or 1/8."
@@ -48,14 +57,7 @@ def scaled_features(features: list[int], width: Fraction, round_to: int | None =
     return scaled
 
 
-def given_features(features: list[int], channels: Sequence[int]) -> list[int]:
-    """``channels`` as those of each stage, where ``features`` are the teacher's.
-
-    Raises
-    ------
-    StudentError
-        If there are not as many, or a stage has no channel or more than the teacher's.
-    """
+def _given_features(features: list[int], channels: Sequence[int]) -> list[int]:
     if len(channels) != len(features):
         raise StudentError(
             f"{len(channels)} numbers of channels are given, and the network has {len(features)} stages."
@@ -118,9 +120,7 @@ def scaled_plans(
         resolved.pop(key, None)
     kwargs = resolved["architecture"]["arch_kwargs"]
     features = list(kwargs["features_per_stage"])
-    kwargs["features_per_stage"] = (
-        scaled_features(features, width, round_to) if channels is None else given_features(features, channels)
-    )
+    kwargs["features_per_stage"] = scaled_features(features, width, round_to, channels)
     if batch_size is not None:
         if batch_size < 1:
             raise StudentError(f"The batch size must be positive, not {batch_size}.")

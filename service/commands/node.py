@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,7 +92,7 @@ def _check(name: str, config: Path | None) -> None:
 
 def _run(name: str, config: Path | None, supervised: bool) -> None:
     from service.components import COMPONENTS
-    from service.lifetime import announce, stop_on_end_of, stop_on_signals
+    from service.lifetime import announce, standard_input, stop_on_end_of, stop_on_signals
     from service.logs import configure_logging, get_logger
     from service.node import make_data_dir, open_node
     from service.records.outage import wait_for_records
@@ -102,8 +101,7 @@ def _run(name: str, config: Path | None, supervised: bool) -> None:
     configure_logging(settings.log_level, component=name)
     stop = stop_on_signals(supervised=supervised)
     if supervised:
-        # Without a buffer: a thread that waits in one keeps its lock, and the interpreter cannot end.
-        stop_on_end_of(FileIO(sys.stdin.fileno(), closefd=False), stop)
+        stop_on_end_of(standard_input(), stop)
 
     def listening(port: int | None) -> None:
         get_logger(__name__).info("node.ready", port=port)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from api_harness import ApiHarness
+from command_line import Segnode, command_line
 from dicom_peer import node_settings
 from structlog.testing import capture_logs
 
@@ -29,6 +30,15 @@ def api(tmp_path: Path, records: Records) -> Iterator[ApiHarness]:
     """The HTTP interface over empty records, with a key for each role; its logs go nowhere."""
     with capture_logs():
         yield ApiHarness(tmp_path, records, storage={"low_watermark_bytes": 0, "reserve_bytes": 0})
+
+
+@pytest.fixture
+def segnode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Segnode]:
+    """The command, run in a folder of its own."""
+    with command_line(tmp_path, monkeypatch, capfd) as run:
+        yield run
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from zipfile import ZipFile
@@ -15,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 from bundle_factory import expected_labels, make_threshold_bundle
-from command_line import Segnode, command_line
+from command_line import Segnode
 from phantom import test_uid as make_uid
 from phantom import write_classic_series
 from places import AFFINE, assert_same_places, image, places_in_nifti, places_in_seg, places_of_labels
@@ -27,14 +26,6 @@ from service.errors import SettingsError
 from service.settings import load_settings
 
 TILTED = AFFINE @ np.array([[1, 0, 0, 0], [0, 1, 0.4, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
-
-
-@pytest.fixture
-def segnode(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Segnode]:
-    with command_line(tmp_path, monkeypatch, capfd) as run:
-        yield run
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bundle_factory import make_threshold_bundle
-from command_line import Segnode, command_line
+from command_line import Segnode
 from waiting import wait_until
 
 from models.registry import Registry
@@ -27,14 +26,6 @@ from service.settings import Settings
 
 ROUTE = Route.model_validate({"name": "mr", "model": "hippocampus", "match": {"Modality": "MR"}})
 NODE = "data_dir: data\ndicom: {port: 0}\nhttp: {port: 0}\n"
-
-
-@pytest.fixture
-def segnode(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Segnode]:
-    with command_line(tmp_path, monkeypatch, capfd) as run:
-        yield run
 
 
 def refuse_writing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from certificates import Authority
-from command_line import Segnode, command_line
+from command_line import Segnode
 from dicom_peer import make_object, node_settings
 from pydicom import dcmwrite
 from pynetdicom import AE
@@ -345,14 +345,6 @@ def test_records_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 
 
 # --- The command
-
-
-@pytest.fixture
-def segnode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Segnode]:
-    with command_line(tmp_path, monkeypatch, capfd) as run:
-        yield run
 
 
 def test_the_exit_status_says_how_it_is(

@@ -109,13 +109,19 @@ def test_rounded_positions_of_a_thin_stack_are_no_gantry_tilt(tmp_path: Path) ->
     assert read_series(paths).tilt_degrees == 0.0
 
 
+def _one_more(folder: Path, **changes: Any) -> list[Path]:
+    """An image more for the series of the phantom."""
+
+    def of_its_own(dataset: Dataset, _z: int) -> None:
+        dataset.SOPInstanceUID = make_uid(folder.name)
+
+    return write_classic_series(folder, IMAGE[:1], AXIAL, edit=of_its_own, **changes)
+
+
 def test_a_localizer_without_orientation_inside_the_series_is_left_out(tmp_path: Path) -> None:
     paths = write_classic_series(tmp_path / "s", IMAGE, AXIAL)
-    scout = write_classic_series(
+    scout = _one_more(
         tmp_path / "scout",
-        IMAGE[:1],
-        AXIAL,
-        edit=lambda d, z: setattr(d, "SOPInstanceUID", make_uid("scout")),
         ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
         ImageOrientationPatient=None,
         ImagePositionPatient=None,
@@ -142,12 +148,9 @@ def test_a_volume_may_be_acquired_in_two_passes(tmp_path: Path, acquire: Any) ->
 @pytest.mark.parametrize("frame_of_reference", ["2.25.99", ""])
 def test_a_localizer_may_lie_in_another_frame_of_reference(tmp_path: Path, frame_of_reference: str) -> None:
     paths = write_classic_series(tmp_path / "s", IMAGE, AXIAL)
-    scout = write_classic_series(
+    scout = _one_more(
         tmp_path / "scout",
-        IMAGE[:1],
-        AXIAL,
         frame_of_reference_uid=frame_of_reference,
-        edit=lambda d, z: setattr(d, "SOPInstanceUID", make_uid("scout")),
         ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
         ImageOrientationPatient=["0", "1", "0", "0", "0", "-1"],
     )
@@ -158,11 +161,8 @@ def test_a_localizer_may_lie_in_another_frame_of_reference(tmp_path: Path, frame
 
 def test_images_of_another_orientation_are_told_apart(tmp_path: Path) -> None:
     paths = write_classic_series(tmp_path / "s", IMAGE, AXIAL)
-    projection = write_classic_series(
+    projection = _one_more(
         tmp_path / "mip",
-        IMAGE[:1],
-        AXIAL,
-        edit=lambda d, z: setattr(d, "SOPInstanceUID", make_uid("mip")),
         ImageType=["DERIVED", "SECONDARY", "PROJECTION IMAGE"],
         ImageOrientationPatient=["1", "0", "0", "0", "0", "-1"],
     )

@@ -115,3 +115,12 @@ def test_a_recipe_whose_network_is_not_the_papers_is_refused() -> None:
         dry_run(wrong)
     with pytest.raises(RecipeError, match="nothing of published networks"):
         dry_run(replace(recipe, published=None))
+
+
+def test_a_student_has_a_width_or_channels() -> None:
+    recipe = parse_recipe({"name": "x", "student": {"channels": [16, 32]}})
+    assert (recipe.student.channels, str(recipe.student)) == ((16, 32), "16, 32")
+    assert recipe.digest != parse_recipe({"name": "x"}).digest
+    for more in ({"width": "1/2"}, {"round_to": 8}):
+        with pytest.raises(RecipeError, match="not both"):
+            parse_recipe({"name": "x", "student": {"channels": [16, 32], **more}})

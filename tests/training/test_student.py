@@ -75,6 +75,17 @@ def test_channels_are_rounded_and_then_rounded_up() -> None:
     assert scaled_features([12, 64], Fraction(1, 2), 16) == [12, 32]  # never wider than the teacher
 
 
+def test_channels_can_be_given_stage_by_stage() -> None:
+    assert scaled_features([32, 64, 320], Fraction(1, 4), channels=(16, 32, 96)) == [16, 32, 96]
+    for channels, said in (
+        ((16, 32), "2 numbers"),
+        ((16, 0, 96), "cannot have 0"),
+        ((33, 64, 96), "cannot have 33"),
+    ):
+        with pytest.raises(StudentError, match=said):
+            scaled_features([32, 64, 320], Fraction(1, 4), channels=channels)
+
+
 @pytest.mark.parametrize("width", [Fraction(0), Fraction(-1, 4), Fraction(3, 2)])
 def test_a_width_out_of_range_is_refused(width: Fraction) -> None:
     with pytest.raises(StudentError, match="over 0 and at most 1"):
